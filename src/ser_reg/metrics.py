@@ -1,0 +1,131 @@
+"""How equivariant is a model? The paper's score, beside what an unrelated image would score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .actions import act
+from .errors import SERError
+from .groups import GroupElement
+from .vit import accepts_any_size, depth, layer_tokens, patch_size
+
+__all__ = ["equivariance_score"]
+
+BATCH = 64  # images at a time
+SCALES = (5 / 6, 7 / 6)  # a side; inside the range of T_eq
+
+
+def equivariance_score(
+    vit: nn.Module,
+    images: Tensor,
+    layers: Iterable[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Cosine between ρ_g f(x) and f(ρ_g x) over patch tokens, by transformation and layer.
+
+    The mean over images, tokens and the elements of a transformation: "rotation" by one, two and three quarter turns,
+    "flip", and "scale" of both sides by 5/6 and 7/6, rounded to the patch grid (left out, key and all, for a model of
+    one static image size). f is the output of a block, before the final norm, [CLS] where the model has it.
+
+    Two readings, because a high cosine alone proves nothing: tokens that hardly vary over space score near 1 under
+    any action.
+
+    - "raw": the cosine itself, as in the paper;
+    - "spatial": each map's own mean token is removed first, so that only what varies over space is compared;
+    - "raw_floor", "spatial_floor": the same with ρ_g x replaced by another image's. A score means something as far
+      as it lies above its floor.
+
+    Args:
+        vit: a timm ViT that `patch_tokens` accepts; left in the mode it was in.
+        images: (B, C, H, W), at least two; square ones, as quarter turns need the model to take the turned size.
+        layers: numbers of blocks already run; all blocks by default.
+        generator: which other image serves as the floor.
+
+    Returns:
+        ``scores[transformation][layer][reading]``, numbers in [-1, 1].
+
+    Raises:
+        SERError: fewer than two images, or what `patch_tokens` raises.
+
+    Source: Appendix A.2 of the paper ("Equivariance score", Table 4) for the raw reading.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)
+        >>> scores = equivariance_score(vit, torch.rand(4, 3, 64, 64), layers=[1, 2])
+        >>> list(scores), list(scores["flip"]), list(scores["flip"][2])
+        (['rotation', 'flip', 'scale'], [1, 2], ['raw', 'spatial', 'raw_floor', 'spatial_floor'])
+    """
+    if images.ndim != 4 or len(images) < 2:
+        raise SERError(
+            "equivariance_score(vit, images)",
+            f"images {tuple(images.shape)}",
+            "a batch (B, C, H, W) of at least two: another image is the floor",
+            "equivariance_score(vit, images[:64])",
+        )
+    chosen = list(range(1, depth(vit) + 1)) if layers is None else sorted(set(layers))
+    other = _other(len(images), generator)
+    modes = {module: module.training for module in vit.modules()}
+    vit.eval()
+    try:
+        with torch.no_grad():
+            tokens = _tokens(vit, images, chosen)
+            scores: dict[str, dict[int, dict[str, float]]] = {}
+            for name, elements in _transformations(vit, images).items():
+                readings = []
+                for g in elements:
+                    moved = _tokens(vit, act(g, images, antialias=True), chosen)
+                    readings.append({layer: _readings(act(g, tokens[layer]), moved[layer], other) for layer in chosen})
+                scores[name] = {
+                    layer: {key: sum(r[layer][key] for r in readings) / len(readings) for key in readings[0][layer]}
+                    for layer in chosen
+                }
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return scores
+
+
+def _transformations(vit: nn.Module, images: Tensor) -> dict[str, list[GroupElement]]:
+    def element(turns: int, flip: bool, scale: tuple[float, float] = (1.0, 1.0)) -> GroupElement:
+        return GroupElement(torch.tensor([turns]), torch.tensor([flip]), torch.tensor([scale], dtype=torch.float64))
+
+    transformations = {"rotation": [element(k, False) for k in (1, 2, 3)], "flip": [element(0, True)]}
+    if accepts_any_size(vit):
+        patch = patch_size(vit)
+        sides = images.shape[-2:]
+        grids = [[max(1, round(side / patch * factor)) for side in sides] for factor in SCALES]
+        transformations["scale"] = [
+            element(0, False, (rows * patch / sides[0], columns * patch / sides[1])) for rows, columns in grids
+        ]
+    return transformations
+
+
+def _other(n: int, generator: torch.Generator | None) -> Tensor:
+    """For each image the number of another one: the next on a random round trip through all."""
+    device = "cpu" if generator is None else generator.device
+    trip = torch.randperm(n, generator=generator, device=device).cpu()
+    other = torch.empty_like(trip)
+    other[trip] = trip.roll(-1)
+    return other
+
+
+def _tokens(vit: nn.Module, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    parts = [layer_tokens(vit, part, layers) for part in images.split(BATCH)]
+    return {layer: torch.cat([part[layer] for part in parts]).float() for layer in layers}
+
+
+def _readings(acted: Tensor, moved: Tensor, other: Tensor) -> dict[str, float]:
+    """The four readings for maps ρ_g f(x) and f(ρ_g x)."""
+    floor = moved[other.to(moved.device)]
+    pairs = {"raw": (acted, moved), "spatial": (_spatial(acted), _spatial(moved))}
+    pairs |= {"raw_floor": (acted, floor), "spatial_floor": (_spatial(acted), _spatial(floor))}
+    return {key: F.cosine_similarity(a, b, dim=1).mean().item() for key, (a, b) in pairs.items()}
+
+
+def _spatial(maps: Tensor) -> Tensor:
+    return maps - maps.mean((-2, -1), keepdim=True)

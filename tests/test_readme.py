@@ -1,0 +1,52 @@
+"""What the README tells users to type is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def stand_ins():
+    """What the blocks take as given: the user's loader, loss and optimiser."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 224, 224)
+    return {
+        "make_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        "my_ssl_loss": lambda vit, x1, x2: (vit(x1) - vit(x2)).square().mean(),
+        "loader": [(x, x[:, :, :96, :96], x[:, :, 96:192, :96])],
+        "images": x,
+        "x1": x,
+        "x2": x.flip(-1),
+    }
+
+
+def test_first_code_comes_early():
+    assert README.splitlines().index("```python") < 15
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_blocks_run(number):
+    """Each block after the first builds on the names of the first."""
+    names = stand_ins()
+    for block in BLOCKS[: number + 1] if number else BLOCKS[:1]:
+        exec(compile(block, f"README.md, block {number}", "exec"), names)
+
+
+def test_loop_trains_the_early_blocks():
+    names = stand_ins()
+    block = BLOCKS[0].replace("    optimizer.step()\n    optimizer.zero_grad()\n", "")
+    exec(compile(block, "README.md", "exec"), names)
+    assert all(p.grad is not None for p in names["ser"].parameters())
+    assert names["vit"].blocks[2].mlp.fc1.weight.grad.abs().max() > 0
+
+
+def test_commands_are_there():
+    """One line installs and runs the main job, one installs and tests."""
+    lines = [line for line in README.splitlines() if line.startswith("pip install ")]
+    assert sum("examples/quickstart.py" in line for line in lines) == 1
+    assert sum(line.endswith("pytest") for line in lines) == 1

@@ -1,0 +1,74 @@
+"""Who may import whom, and what the package shows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ser_reg
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "ser_reg"
+MAY_IMPORT = {
+    "errors": set(),
+    "groups": {"errors"},
+    "actions": {"errors", "groups"},
+    "vit": {"errors"},
+    "distributed": {"errors"},
+    "losses": {"errors", "distributed"},
+    "views": {"errors", "groups", "actions"},
+    "regularizer": {"errors", "groups", "actions", "vit", "distributed", "losses"},
+    "metrics": {"errors", "groups", "actions", "vit", "views"},
+}
+RUNTIME = {"torch", "timm", "einops"}
+
+
+def imports(path):
+    """Modules that a file imports: (those of the package, others)."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            ours.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module)
+        elif isinstance(node, ast.Import):
+            others |= {alias.name for alias in node.names}
+    return ours, others
+
+
+def test_every_file_has_a_room():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*MAY_IMPORT, "__init__"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms(room):
+    ours, others = imports(PACKAGE / f"{room}.py")
+    assert ours <= MAY_IMPORT[room]
+    packages = {name.split(".")[0] for name in others} - set(sys.stdlib_module_names)
+    assert packages <= RUNTIME
+    assert ("timm" in packages) == (room == "vit")
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: p.name)
+def test_examples_use_the_public_names(path):
+    _, others = imports(path)
+    assert not {name for name in others if name.startswith("ser_reg.")}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_all_is_sorted_and_complete(room):
+    module = sys.modules[f"ser_reg.{room}"]
+    assert module.__all__ == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_package_shows_sorted_names():
+    assert ser_reg.__all__ == sorted(ser_reg.__all__)
+    assert all(getattr(ser_reg, name).__doc__ for name in ser_reg.__all__)
+
+
+def test_import_leaves_the_global_state_alone():
+    code = "import torch; s = torch.get_rng_state(); import ser_reg; assert torch.equal(s, torch.get_rng_state())"
+    subprocess.run([sys.executable, "-c", code], check=True)
