@@ -77,5 +77,7 @@ if __name__ == "__main__":
             found = measure(n, size, device)
             ratios = sorted(b / a for a, b in zip(found["act"], found["loop"], strict=True))
             rows.append({"kind": kind, "images": n, "grid": size, "ratios": ratios, **found})
-            print(f"{kind:12} {n:4} images: {ratios[len(ratios) // 2]:5.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})")
+            print(
+                f"{kind:12} {n:4} images: {ratios[len(ratios) // 2]:5.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+            )
     print(save("act", rows))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import pairwise
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -106,7 +107,7 @@ def fix_patch_projection(vit: VisionTransformer) -> None:
 def _mlp(*widths: int) -> nn.Sequential:
     """Linear layers without bias, batch norm and ReLU between them, batch norm without scale and shift at the end."""
     layers: list[nn.Module] = []
-    for i, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (width_in, width_out) in enumerate(pairwise(widths), start=1):
         last = i == len(widths) - 1
         layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out, affine=not last)]
         layers += [] if last else [nn.ReLU(inplace=True)]

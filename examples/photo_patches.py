@@ -8,7 +8,7 @@ a recognition benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ GREY = ("brick", "camera", "cell", "clock", "coins", "grass", "gravel", "moon", 
 SAMPLES = ("china.jpg", "flower.jpg")  # scikit-learn's
 
 TRAIN_PART = 0.7
-# Sides of a crop over the shorter side of its photograph. At most 0.3, so that one fits the held-out part.
+# Sides of a crop over the shorter side of its photograph. Less than 0.3, so that one fits the held-out part.
 CROP_SIDES = (1 / 8, 1 / 4)
 
 
@@ -76,18 +76,18 @@ def load_patches(folder: Path | None, image_size: int, per_photo: tuple[int, int
         return _patches_of_photographs(embedded_photographs(), image_size, per_photo, generator)
     classes = _image_paths(folder)
     if "" in classes:
-        photographs = {path.stem: read_image(path) for path in classes[""]}
+        photographs = {path.name: read_image(path) for path in classes[""]}
         return _patches_of_photographs(photographs, image_size, per_photo, generator)
     return _whole_images(folder, classes, image_size, generator)
 
 
 def embedded_photographs() -> dict[str, Tensor]:
     """The photographs by name, each (3, H, W) uint8; nothing is downloaded."""
-    loaders: dict[str, Callable[[], object]] = {name: getattr(skimage.data, name) for name in COLOUR + GREY}
-    arrays = {name: load() for name, load in loaders.items()}
-    arrays["stereo_motorcycle"] = arrays["stereo_motorcycle"][0]  # the left view; the rest is its stereo twin
+    arrays = {name: getattr(skimage.data, name)() for name in COLOUR + GREY}
+    arrays["stereo_motorcycle"] = arrays["stereo_motorcycle"][0]  # the left view of three arrays
     arrays |= {name: load_sample_image(name) for name in SAMPLES}
-    return {name: F.to_image(array).as_subclass(Tensor).expand(3, -1, -1) for name, array in arrays.items()}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    return {name: t.permute(2, 0, 1) if t.ndim == 3 else t.expand(3, -1, -1) for name, t in tensors.items()}
 
 
 def split_in_space(photograph: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,10 @@ def read_image(path: Path) -> Tensor:
             return F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise SERError(
-            f"read_image({str(path)!r})", str(error), "an image that Pillow can read", f"rm '{path}'  # or mend it"
+            f"read_image({str(path)!r})",
+            str(error),
+            "an image that Pillow can read",
+            f"mv '{path}' '{path}.unreadable'  # files of no image ending are passed over",
         ) from error
 
 
@@ -119,6 +122,12 @@ def _patches_of_photographs(
     names = sorted(photographs)
     parts = [split_in_space(photographs[name]) for name in names]
     shorter = [min(photographs[name].shape[-2:]) for name in names]
+    if min(shorter) * CROP_SIDES[0] < 1:
+        name = names[shorter.index(min(shorter))]
+        given = f"{name} of {min(shorter)} pixels a side"
+        raise SERError(
+            "load_patches(folder)", given, f"at least {1 / CROP_SIDES[0]:.0f}", f"mv '{name}' '{name}.small'"
+        )
     train, test = (
         torch.cat(
             [
@@ -177,17 +186,19 @@ def _whole_images(
 
 def _image_paths(folder: Path) -> dict[str, list[Path]]:
     """Image files by sub-folder, or all under "" where they lie in the folder itself."""
-    call, endings = f"load_patches({str(folder)!r})", set(Image.registered_extensions())
+    call = f"load_patches({str(folder)!r})"
     remedy = "python examples/quickstart.py --images FOLDER  # FOLDER/*.jpg, or FOLDER/CLASS/*.jpg"
     if not folder.is_dir():
         given = "a file" if folder.exists() else "no such folder"
         raise SERError(call, given, "a folder of images", remedy)
 
-    def images(place: Path) -> list[Path]:
-        return sorted(path for path in place.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
-    flat = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
-    found = {sub.name: images(sub) for sub in sorted(folder.iterdir()) if sub.is_dir()}
+    def images(paths: Iterable[Path]) -> list[Path]:
+        return sorted(p for p in paths if p.suffix.lower() in endings and p.is_file() and not p.name.startswith("."))
+
+    flat = images(folder.iterdir())
+    found = {sub.name: images(sub.rglob("*")) for sub in sorted(folder.iterdir()) if sub.is_dir()}
     found = {name: paths for name, paths in found.items() if paths}
     if flat and found:
         raise SERError(
@@ -196,7 +207,7 @@ def _image_paths(folder: Path) -> dict[str, list[Path]]:
             "either images (photographs) or sub-folders of images (classes)",
             remedy,
         )
-    if not flat and len(found) < 2:
-        given = f"images in one sub-folder only ({next(iter(found))})" if found else "no image in it"
-        raise SERError(call, given, "images, or at least two sub-folders of images", remedy)
+    if len(flat or found) < 2:
+        given = f"only {[path.name for path in flat] or list(found)}" if flat or found else "no image in it"
+        raise SERError(call, given, "at least two photographs, or two sub-folders of images", remedy)
     return {"": flat} if flat else found

@@ -42,7 +42,7 @@ def knn_accuracy(
 
 
 def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Logistic regression on standardised features, to convergence; nothing is chosen on the held-out part."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
+    """Logistic regression on standardised features, run until its gradient is below 1e-3. Nothing is tuned."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-3, max_iter=10_000))
     probe.fit(train.numpy(), train_labels.numpy())
     return float(probe.score(test.numpy(), test_labels.numpy()))

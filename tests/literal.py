@@ -31,11 +31,12 @@ def literal_ntxent(
     return torch.stack(losses).mean()
 
 
-def dense_ntxent(z1: Tensor, z2: Tensor, temperature: float = 0.3, symmetric: bool = True) -> Tensor:
-    """All logits of (B, N, D) tokens as one matrix with the own image masked: for sizes at which loops take too long."""
-    images, tokens, _ = z1.shape
-    x1, x2 = (F.normalize(z, dim=-1, eps=1e-12).flatten(0, 1) for z in (z1, z2))
-    image = torch.arange(images, device=z1.device).repeat_interleave(tokens)
+def dense_ntxent(
+    z1: Sequence[Tensor] | Tensor, z2: Sequence[Tensor] | Tensor, temperature: float = 0.3, symmetric: bool = True
+) -> Tensor:
+    """All logits in one matrix, those of the own image masked: for sizes at which the loops take too long."""
+    x1, x2 = (F.normalize(torch.cat(list(z)), dim=-1, eps=1e-12) for z in (z1, z2))
+    image = torch.tensor([i for i, tokens in enumerate(z1) for _ in tokens], device=x1.device)
     own = image[:, None] == image
     losses = []
     for xa, xb in ((x1, x2), (x2, x1)) if symmetric else ((x1, x2),):

@@ -54,7 +54,9 @@ def test_equals_pillow(turns, flip, size):
     assert torch.equal(ours[0].permute(1, 2, 0), torch.from_numpy(np.array(picture)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
 def test_composition_is_bitwise_for_permutations(dtype):
     g, h = dihedral(64), dihedral(64)
     x = (torch.randn(64, 3, 7, 7) * 50).to(dtype)
@@ -115,7 +117,9 @@ def test_batch_equals_loop(new):
     g = on_grid(12, (9, 9), new)
     loop = torch.cat([act(g[i], x[i : i + 1]) for i in range(12)])
     torch.testing.assert_close(act(g, x), loop, rtol=0, atol=1e-13)
-    torch.testing.assert_close(act(g[3], x), torch.cat([act(g[3], x[i : i + 1]) for i in range(12)]), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        act(g[3], x), torch.cat([act(g[3], x[i : i + 1]) for i in range(12)]), rtol=0, atol=1e-13
+    )
 
 
 def test_chunks_change_nothing(monkeypatch):

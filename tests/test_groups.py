@@ -138,9 +138,9 @@ def test_repr_copy_pickle_and_device():
         (lambda: element(0, False, (0.01, 1.0)).output_size((8, 8)), "an output of 0 x 8"),
         (lambda: GroupElement.identity(0).output_size((8, 8)), "no element"),
         (
-            lambda: GroupElement(
-                torch.tensor([0, 1, 0]), torch.zeros(3).bool(), torch.ones(3, 2).double()
-            ).output_size((8, 6)),
+            lambda: GroupElement(torch.tensor([0, 1, 0]), torch.zeros(3).bool(), torch.ones(3, 2).double()).output_size(
+                (8, 6)
+            ),
             "(6, 8) from samples [1]; (8, 6) from samples [0, 2]",
         ),
     ],

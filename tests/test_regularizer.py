@@ -8,7 +8,17 @@ import timm
 import torch
 from elements import dihedral, element
 
-from ser_reg import EquivariantViews, GroupElement, SERError, SERLoss, TokenTap, act, late_cls, patch_ntxent, patch_tokens
+from ser_reg import (
+    EquivariantViews,
+    GroupElement,
+    SERError,
+    SERLoss,
+    TokenTap,
+    act,
+    late_cls,
+    patch_ntxent,
+    patch_tokens,
+)
 
 LAYER, DEPTH, DIM, PATCH = 2, 4, 32, 4
 
@@ -78,6 +88,7 @@ def test_a_tap_on_the_normal_forward_gives_the_same(vit, ser):
 def test_acts_then_projects(ser):
     """The two orders differ under resampling; the paper's is to act first (Section 3.3)."""
     z1, z2 = torch.randn(4, DIM, 6, 6), torch.randn(4, DIM, 5, 7)
+    ser.eval()
     g = element(0, True, (5 / 6, 7 / 6), n=4)
     tokens = [ser.projector(z.flatten(2).transpose(1, 2)) for z in (act(g, z1), z2)]
     torch.testing.assert_close(ser(z1, z2, g).loss, patch_ntxent(*tokens, temperature=0.3))
@@ -86,6 +97,7 @@ def test_acts_then_projects(ser):
 def test_true_relation_has_the_lower_loss(ser):
     """Features that are equivariant: equal up to the action."""
     z, g = torch.randn(8, DIM, 6, 6), dihedral(8)
+    ser.eval()
     aligned = ser(z, act(g, z), g)
     wrong = ser(z, act(g, z), element(1, False) @ g)
     assert aligned.accuracy == 1
@@ -103,7 +115,7 @@ def test_diagnostics(ser):
     assert 0.5 < out.feature_std <= 1
     assert out.finite.tolist() == [True, True]
     same = torch.randn(1, DIM, 1, 1).expand(3, DIM, 5, 5)
-    collapsed = ser(same, same, dihedral(3))
+    collapsed = ser.eval()(same, same, dihedral(3))
     assert collapsed.feature_std < 1e-3
     assert collapsed.loss.item() == pytest.approx(collapsed.chance.item(), rel=1e-5)
 
@@ -111,6 +123,7 @@ def test_diagnostics(ser):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_float32_island_under_autocast(ser, dtype):
     z1, z2 = torch.randn(2, 4, DIM, 6, 6).to(dtype)
+    ser.eval()
     g = element(1, False, (5 / 6, 7 / 6), n=4)
     z2 = act(g, z2)
     expected = ser(z1.float(), z2.float(), g).loss
@@ -133,6 +146,15 @@ def test_size_of_the_projector():
     assert "temperature=0.3" in repr(SERLoss(8))
 
 
+def test_features_without_gradient_raise_in_training(ser):
+    z = torch.randn(3, DIM, 5, 5)
+    with pytest.raises(SERError, match="trains its projector alone"):
+        ser(z, z, element(0, False))
+    with torch.no_grad():
+        ser(z, z, element(0, False))
+    ser(z, z.clone().requires_grad_(), element(0, False))  # the other side may be a teacher's
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -143,14 +165,14 @@ def test_size_of_the_projector():
         (lambda ser, z: ser(z, z.to("meta"), element(0, False)), "ser.to("),
         (lambda ser, z: ser(z, z, element(1, False)), "6 x 5 of z1's grid, z2 has 5 x 6"),
         (lambda ser, z: ser(z, z, GroupElement.identity(2)), "one element a map"),
-        (lambda ser, z: ser(z[:1], z[:1], element(0, False)), "at least 2 images"),
+        (lambda ser, z: ser(z[:1], z[:1], element(0, False)), "negatives are tokens of other images"),
         (lambda ser, z: ser(z, z * math.nan, element(0, False)), "NaN or infinity in z2"),
         (lambda ser, z: ser(z / 0, z / 0, element(0, False)), "NaN or infinity in z1 and z2"),
     ],
 )
 def test_bad_input_says_what_to_type(ser, call, text):
     with pytest.raises(SERError) as caught:
-        call(ser, torch.randn(3, DIM, 5, 6))
+        call(ser.eval(), torch.randn(3, DIM, 5, 6))
     assert text in str(caught.value)
 
 

@@ -1,6 +1,7 @@
 """Who may import whom, and what the package shows."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ MAY_IMPORT = {
     "views": {"errors", "groups", "actions"},
     "regularizer": {"errors", "groups", "actions", "vit", "distributed", "losses"},
     "metrics": {"errors", "groups", "actions", "vit", "views"},
+    "check": {"errors", "groups", "regularizer", "views", "vit"},
+    "__main__": {"check", "errors", "vit"},
 }
 RUNTIME = {"torch", "timm", "einops"}
 
@@ -51,6 +54,14 @@ def test_rooms(room):
     assert ("timm" in packages) == (room == "vit")
 
 
+def test_top_rooms_are_imported_by_the_package_alone():
+    for path in PACKAGE.glob("*.py"):
+        ours, _ = imports(path)
+        assert path.stem in ("__init__", "check") or "regularizer" not in ours
+        assert path.stem == "__init__" or "metrics" not in ours
+        assert path.stem in ("__init__", "__main__") or "check" not in ours
+
+
 @pytest.mark.parametrize("path", [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: p.name)
 def test_examples_use_the_public_names(path):
     _, others = imports(path)
@@ -59,7 +70,7 @@ def test_examples_use_the_public_names(path):
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_all_is_sorted_and_complete(room):
-    module = sys.modules[f"ser_reg.{room}"]
+    module = importlib.import_module(f"ser_reg.{room}")
     assert module.__all__ == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
 

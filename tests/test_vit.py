@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from timm.layers import HybridEmbed, set_reentrant_ckpt, use_reentrant_ckpt
+from timm.layers import HybridEmbed, PatchEmbed, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.models import Eva, VisionTransformer
+from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
@@ -67,10 +69,16 @@ ZOO = {
     "dinov3": Member(named("vit_small_patch16_dinov3", **DYNAMIC), (24, 40), (3, 5)),
     "rope-axial": Member(named("vit_small_patch16_rope_224", **DYNAMIC), (24, 40), (3, 5)),
     "rope-mixed": Member(named("vit_small_patch16_rope_mixed_224", **DYNAMIC), (24, 40), (3, 5)),
-    "rope-mixed-ape": Member(named("vit_small_patch16_rope_mixed_ape_224")),
+    "rope-mixed-ape": Member(named("vit_small_patch16_rope_mixed_ape_224", **DYNAMIC)),
     "rope-registers": Member(named("vit_base_patch16_rope_reg1_gap_256")),
     "perception-encoder": Member(named("vit_pe_core_tiny_patch16_384")),
 }
+# In the oldest timm that the library supports, post-norm Eva cannot be built and Eva takes no attention mask.
+if "swiglu_align_to" not in inspect.signature(EvaBlockPostNorm).parameters:
+    del ZOO["eva-post-norm"]
+MASKABLE = ["vit", "vit-parallel-things"]
+if "attn_mask" in inspect.signature(Eva.forward_features).parameters:
+    MASKABLE.append("dinov3")
 SOME = ["vit", "dinov2-registers", "deit-distilled", "dinov3", "rope-mixed"]
 
 
@@ -80,7 +88,7 @@ def original(name: str) -> Any:
     vit = ZOO[name].build().eval()
     with torch.no_grad():  # timm starts with prefix tokens and layer scales near 0, which would hide mistakes
         for parameter in vit.parameters():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=0.2)
     return vit
 
 
@@ -112,7 +120,7 @@ def literal(vit: Any, images: Tensor, layer: int) -> tuple[list[Tensor], Tensor]
     for block, kwargs in zip(vit.blocks[:layer], extra, strict=False):
         patches = block(patches, **kwargs)
         tokens.append(patches)
-    x = torch.cat([prefix, patches], dim=1)
+    x = torch.cat([prefix, patches], dim=1) if vit.num_prefix_tokens else patches
     for block, kwargs in zip(plain.blocks[layer:], extra[layer:], strict=True):
         x = block(x, **kwargs)
         tokens.append(x[:, vit.num_prefix_tokens :])
@@ -121,6 +129,7 @@ def literal(vit: Any, images: Tensor, layer: int) -> tuple[list[Tensor], Tensor]
 
 def masked(vit: Any, images: Tensor, layer: int) -> Tensor:
     """The same by other means: patches may not look at the prefix, and the prefix is reset after every block."""
+    vit, images = copy.deepcopy(vit).double(), images.double()
     x, extra = embed(vit, images)
     count = vit.num_prefix_tokens
     prefix = x[:, :count]
@@ -154,7 +163,10 @@ def is_zero(gradient: Tensor | None) -> bool:
 def assert_same(first: dict[str, Tensor | None], second: dict[str, Tensor | None]) -> None:
     assert first.keys() == second.keys()
     for name, gradient in first.items():
-        torch.testing.assert_close(gradient, second[name], msg=lambda text, name=name: f"{name}: {text}")
+        # timm resamples position embeddings in float32, whatever the model's type
+        torch.testing.assert_close(
+            gradient, second[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def count_block_calls(vit: Any) -> list[int]:
@@ -164,12 +176,25 @@ def count_block_calls(vit: Any) -> list[int]:
     return calls
 
 
-@pytest.fixture(params=[False, True], ids=["non-reentrant", "reentrant"])
+@pytest.fixture
 def reentrant(request: pytest.FixtureRequest) -> Iterator[bool]:
     before = use_reentrant_ckpt()
     set_reentrant_ckpt(request.param)
     yield request.param
     set_reentrant_ckpt(before)
+
+
+# timm hands rotary embeddings to checkpoint by keyword, which the reentrant variant refuses
+REENTRANT = ["vit", "dinov2-registers", "deit-distilled", "vit-parallel-things", "siglip"]
+checkpointing = pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [(name, False) for name in ZOO] + [(name, True) for name in REENTRANT],
+    indirect=["reentrant"],
+)
+
+
+def slow(*values: Any) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 zoo = pytest.mark.parametrize("name", ZOO)
@@ -183,9 +208,10 @@ class TestLateCls:
         _, expected = literal(original(name), images, LAYER)
         vit = late_cls(model(name), LAYER)
         assert torch.equal(vit(images), expected)
-        torch.testing.assert_close(vit(images), masked(original(name), images, LAYER), rtol=1e-3, atol=1e-4)
+        vit, images = vit.double(), images.double()
+        torch.testing.assert_close(vit(images), masked(original(name), images, LAYER))
         if vit.num_prefix_tokens:  # and the reference is another function than plain timm
-            assert not torch.allclose(vit(images), original(name)(images))
+            assert not torch.allclose(vit(images), late_cls(copy.deepcopy(vit), 0)(images))
 
     @zoo
     def test_layer_zero_restores_timm(self, name: str) -> None:
@@ -229,25 +255,25 @@ class TestLateCls:
         assert torch.equal(vit(images), late_cls(model(name), LAYER)(images))
         assert torch.equal(late_cls(vit, 1)(images), late_cls(model(name), 1)(images))
 
-    @zoo
+    @checkpointing
     def test_gradient_checkpointing_gives_the_same_gradients(self, name: str, reentrant: bool) -> None:
-        images = photos(name)
-        vit = late_cls(model(name), LAYER).train()
+        images = photos(name).double()
+        vit = late_cls(model(name), LAYER).double().train()
         expected = gradients(vit, vit(images).square().sum())
         vit.set_grad_checkpointing(True)
         assert_same(gradients(vit, vit(images).square().sum()), expected)
 
     @some
     def test_views_of_several_sizes_before_one_backward(self, name: str) -> None:
-        vit = late_cls(model(name), LAYER).train()
-        views = [photos(name), photos(name, batch=3)]
+        vit = late_cls(model(name), LAYER).double().train()
+        views = [photos(name).double(), photos(name, batch=3).double()]
         if accepts_any_size(vit):
-            views.append(torch.randn(2, 3, 16, 48))
+            views.append(torch.randn(2, 3, 16, 48).double())
         apart = [gradients(vit, vit(view).sum()) for view in views]
         together = gradients(vit, sum(vit(view).sum() for view in views))
         for parameter, gradient in together.items():
             parts = [part[parameter] for part in apart if part[parameter] is not None]
-            torch.testing.assert_close(gradient, sum(parts) if parts else None, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(gradient, sum(parts) if parts else None)
 
     @some
     def test_cls_neither_attends_nor_is_attended_to(self, name: str) -> None:
@@ -279,7 +305,7 @@ class TestLateCls:
             expected = literal(original(name), photos(name), LAYER)[1]
             assert torch.equal(late_cls(model(name), LAYER)(photos(name)), expected)
 
-    @pytest.mark.parametrize("name", ["vit", "dinov3", "vit-parallel-things"])
+    @pytest.mark.parametrize("name", MASKABLE)
     def test_attention_masks_lose_their_prefix(self, name: str) -> None:
         vit, images = late_cls(model(name), LAYER), photos(name)
         length = vit.num_prefix_tokens + ZOO[name].grid[0] * ZOO[name].grid[1]
@@ -321,7 +347,7 @@ class TestLateCls:
 
 
 class TestCompilers:
-    @pytest.mark.parametrize("name", ["vit", "dinov3", "rope-mixed"])
+    @pytest.mark.parametrize("name", ["vit", *slow("dinov3", "rope-mixed")])
     def test_compile_whole(self, name: str) -> None:
         vit, images = late_cls(model(name), LAYER).train(), photos(name)
         torch.compiler.reset()
@@ -363,8 +389,8 @@ class TestCompilers:
         torch.compiler.reset()
         torch.testing.assert_close(torch.compile(vit, fullgraph=True)(images), vit(images), rtol=1e-3, atol=1e-4)
 
-    @pytest.mark.parametrize("strict", [False, True])
-    @pytest.mark.parametrize("name", ["vit", "dinov3", "dinov2-registers"])
+    @pytest.mark.parametrize("strict", [False, *slow(True)])
+    @pytest.mark.parametrize("name", ["vit", "dinov3", *slow("dinov2-registers")])
     def test_export(self, name: str, strict: bool) -> None:
         vit, images = late_cls(model(name), LAYER), photos(name)
         exported = torch.export.export(vit, (images,), strict=strict).module()
@@ -407,16 +433,15 @@ class TestPatchTokens:
         above = [f"blocks.{index}." for index in range(LAYER, DEPTH)]
         for parameter, gradient in found.items():
             if parameter.startswith("patch_embed.") or parameter.startswith("blocks.") and parameter[7] in "012":
-                # a bias of keys adds a constant to every logit of a softmax
                 assert not is_zero(gradient), parameter
             elif parameter.startswith((*above, "norm.", "fc_norm.", "head", "attn_pool.")):
                 assert gradient is None, parameter
             elif parameter in ("cls_token", "reg_token", "dist_token"):
                 assert is_zero(gradient) == (late == LAYER), parameter
 
-    @zoo
+    @checkpointing
     def test_honours_gradient_checkpointing(self, name: str, reentrant: bool) -> None:
-        vit, images = late_cls(model(name), LAYER).train(), photos(name)
+        vit, images = late_cls(model(name), LAYER).double().train(), photos(name).double()
         expected = gradients(vit, patch_tokens(vit, images, LAYER).square().sum())
         vit.set_grad_checkpointing(True)
         calls = count_block_calls(vit)
@@ -435,7 +460,7 @@ class TestPatchTokens:
         for layer in range(DEPTH + 1):
             assert patch_tokens(vit, photos(name)[:0], layer).shape == (0, 32, *ZOO[name].grid)
         found = gradients(vit, patch_tokens(vit, photos(name)[:0], LAYER).sum())
-        assert found["blocks.0.norm1.weight"] is not None
+        assert found["patch_embed.proj.weight"] is not None
         assert all(is_zero(gradient) for gradient in found.values())
 
     def test_layer_may_lie_beyond_the_late_layer(self) -> None:
@@ -461,6 +486,26 @@ class TestPatchTokens:
             for dtype in (torch.float32, torch.bfloat16):
                 assert patch_tokens(vit, photos().to(dtype), LAYER).isfinite().all()
 
+    @some
+    def test_reads_no_values(self, name: str) -> None:
+        """On the meta device there are none to read: so no GPU synchronisation."""
+        vit, images = late_cls(model(name), LAYER).to("meta").train(), photos(name).to("meta")
+        with TokenTap(vit, LAYER) as tap:
+            loss = vit(images).sum() + tap.tokens.sum() + patch_tokens(vit, images, LAYER).sum()
+        assert loss.device.type == "meta"
+        loss.backward()
+
+    def test_an_embedding_of_ones_own(self) -> None:
+        class Pixels(PatchEmbed):
+            def __init__(self, **kwargs: Any) -> None:
+                super().__init__(**kwargs)
+                self.proj = nn.Linear(3 * 8 * 8, 32)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.proj(nn.functional.unfold(x, 8, stride=8).transpose(1, 2))
+
+        assert patch_tokens(direct(VisionTransformer, embed_layer=Pixels)(), photos(), LAYER).shape == (2, 32, 4, 4)
+
     def test_geometry(self) -> None:
         assert depth(original("vit")) == DEPTH
         assert [patch_size(original(name)) for name in ("vit", "dinov3", "vit-hybrid")] == [8, 8, 8]
@@ -469,9 +514,9 @@ class TestPatchTokens:
 
 
 class TestTokenTap:
-    @zoo
+    @checkpointing
     def test_gradient_of_a_forward_with_two_losses(self, name: str, reentrant: bool) -> None:
-        vit, images = late_cls(model(name), LAYER).train(), photos(name)
+        vit, images = late_cls(model(name), LAYER).double().train(), photos(name).double()
         expected = gradients(vit, vit(images).sum() + patch_tokens(vit, images, LAYER).square().sum())
         for checkpointing in (False, True):
             vit.set_grad_checkpointing(checkpointing)
@@ -479,6 +524,7 @@ class TestTokenTap:
                 loss = vit(images).sum()
                 assert_same(gradients(vit, loss + tap.tokens.square().sum()), expected)
 
+    @pytest.mark.parametrize("reentrant", [False, True], indirect=True)
     @pytest.mark.parametrize("layer", range(DEPTH + 1))
     def test_recomputation_is_not_a_forward(self, layer: int, reentrant: bool) -> None:
         vit, images = late_cls(model(), LAYER).train(), photos()
@@ -519,9 +565,17 @@ class TestTokenTap:
         vit, images = model(), photos()
         with TokenTap(vit, 2) as outer, TokenTap(vit, DEPTH) as inner, TokenTap(vit, 2) as again:
             vit(images)
-            assert torch.equal(outer.tokens, patch_tokens(vit, images, 2))
-            assert torch.equal(inner.tokens, patch_tokens(vit, images, DEPTH))
-            assert torch.equal(again.tokens, outer.tokens)
+            found = outer.tokens, inner.tokens, again.tokens
+        for z, layer in zip(found, (2, DEPTH, 2), strict=True):
+            assert torch.equal(z, patch_tokens(vit, images, layer))
+
+    def test_reads_ahead_of_what_others_do_to_the_next_block(self) -> None:
+        vit, images = model(), photos()
+        vit.blocks[LAYER].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        with TokenTap(vit, LAYER) as tap:
+            vit(images)
+            z = tap.tokens
+        assert torch.equal(z, patch_tokens(vit, images, LAYER))
 
     def test_late_cls_inside_the_block(self) -> None:
         vit, images = model(), photos()
@@ -535,9 +589,8 @@ class TestTokenTap:
         before = pickle.dumps([vars(module) for module in vit.modules() if not list(module.children())])
         hooks = [dict(module._forward_pre_hooks) for module in vit.modules()]
         tap = TokenTap(vit, LAYER)
-        with pytest.raises(RuntimeError, match="mine"), tap:
-            vit(photos())
-            raise RuntimeError("mine")
+        with pytest.raises(ZeroDivisionError), tap:
+            1 / vit(photos())[0, 0].mul(0).long().item()
         assert [dict(module._forward_pre_hooks) for module in vit.modules()] == hooks
         assert pickle.dumps([vars(module) for module in vit.modules() if not list(module.children())]) == before
         with pytest.raises(SERError, match="a closed tap, which keeps nothing"):
@@ -613,7 +666,7 @@ class TestWrapped:
     @some
     @pytest.mark.parametrize("how", ["tap", "patch_tokens"])
     def test_ddp(self, name: str, how: str) -> None:
-        vit, images = late_cls(model(name), LAYER).train(), photos(name)
+        vit, images = late_cls(model(name), LAYER).double().train(), photos(name).double()
         expected = gradients(vit, vit(images).sum() + patch_tokens(vit, images, LAYER).square().sum())
         ddp = nn.parallel.DistributedDataParallel(vit)
         with TokenTap(ddp.module, LAYER) as tap:
@@ -627,10 +680,10 @@ class TestWrapped:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        reference, images = late_cls(model(name), LAYER).train(), photos(name)
+        reference, images = late_cls(model(name), LAYER).double().train(), photos(name).double()
         out = reference(images).sum() + patch_tokens(reference, images, LAYER).square().sum()
         expected = gradients(reference, out)
-        vit, mesh = model(name).train(), init_device_mesh("cpu", (1,))
+        vit, mesh = model(name).double().train(), init_device_mesh("cpu", (1,))
         if late_first:
             late_cls(vit, LAYER)
         for block in vit.blocks:
@@ -638,13 +691,14 @@ class TestWrapped:
         fully_shard(vit, mesh=mesh)
         late_cls(vit, LAYER)
         for _ in range(2):
+            vit.zero_grad()  # before the forward, which swaps the sharded parameters
             with TokenTap(vit, LAYER) as tap:
                 found = gradients(vit, vit(images).sum() + tap.tokens.square().sum())
             assert_same({k: None if g is None else g.full_tensor() for k, g in found.items()}, expected)
         with pytest.raises(SERError, match=r"remedy:   with TokenTap\(vit, 3\) as tap: vit\(images\); z = tap.tokens"):
             patch_tokens(vit, images, LAYER)
         late_cls(vit, 0)
-        torch.testing.assert_close(vit(images), original(name)(images))
+        torch.testing.assert_close(vit(images), model(name).double()(images))
 
 
 class Masked(VisionTransformer):
@@ -661,12 +715,11 @@ class TestErrors:
             ("cait_xxs24_224", "Cait"),
             ("beit_base_patch16_224", "Beit"),
             ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
-            ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+            ("resnet10t", "ResNet"),
         ],
     )
     def test_other_families(self, name: str, kind: str) -> None:
-        with torch.device("meta"):
-            vit = timm.create_model(name, pretrained=False, **({"depth": 2} if "swin" not in name else {}))
+        vit = timm.create_model(name, pretrained=False, **({} if name == "resnet10t" else {"depth": 2}))
         images = torch.rand(1, 3, 224, 224)
         for call in (
             lambda: late_cls(vit, 1),
@@ -738,8 +791,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "given", "expected", "remedy"),
         [
-            (lambda x: x[0], "images of shape (3, 24, 40)", "(B, 3, H, W)", "images[None]"),
-            (lambda x: x[None], "images of shape (1, 2, 3, 24, 40)", "(B, 3, H, W)", "images.flatten(0, -4)"),
+            (lambda x: x[0], "images of shape (3, 24, 40)", "(B, C, H, W)", "images[None]"),
+            (lambda x: x[None], "images of shape (1, 2, 3, 24, 40)", "(B, C, H, W)", "images.flatten(0, -4)"),
             (list, "a list", "a tensor (B, C, H, W)", "torch.stack(list(images))"),
             (
                 lambda x: x[:, :1],
@@ -753,7 +806,12 @@ class TestErrors:
                 "floating point, normalised as for the model",
                 "images.float() / 255",
             ),
-            (lambda x: x.double(), "images of torch.float64", "torch.float32, as the model", "images.to(torch.float32)"),
+            (
+                lambda x: x.double(),
+                "images of torch.float64",
+                "torch.float32, as the model",
+                "images.to(torch.float32)",
+            ),
             (lambda x: x.to("meta"), "images on meta", "cpu, as the model", 'images.to("cpu")'),
             (
                 lambda x: x[..., :20, :],

@@ -1,6 +1,7 @@
 """Soft equivariance for the vision transformer that you already have."""
 
 from .actions import act
+from .check import CheckReport, check
 from .errors import SERError
 from .groups import GroupElement
 from .losses import patch_ntxent
@@ -10,6 +11,7 @@ from .views import EquivariantViews, ViewPair, partition_size
 from .vit import TokenTap, late_cls, patch_tokens
 
 __all__ = [
+    "CheckReport",
     "EquivariantViews",
     "GroupElement",
     "SERError",
@@ -18,6 +20,7 @@ __all__ = [
     "TokenTap",
     "ViewPair",
     "act",
+    "check",
     "equivariance_score",
     "late_cls",
     "partition_size",

@@ -55,26 +55,26 @@ def act(g: GroupElement, x: Tensor, mode: str = "bicubic", *, antialias: bool = 
     """
     size = _check(g, x, mode)
     height, width = x.shape[-2:]
-    if len(g) == 1:
+    if len(g) == 1 < len(x):
         g = g[[0] * len(x)]
-    turned = g.turns % 2 == 1
-    if height != width and turned.any() and not turned.all():
+    parities = {turned for turned, *_ in g.kinds}
+    if height != width and len(parities) > 1:
         # Rectangles whose turned and unturned samples meet in one output size: each parity is a call of its own.
+        turned = g.turns % 2 == 1
         halves = [torch.where(turned)[0], torch.where(~turned)[0]]
         maps = torch.cat([act(g[half], x[half.to(x.device)], mode, antialias=antialias) for half in halves])
         return maps[torch.cat(halves).argsort().to(x.device)]
 
     dihedral = (g.turns + 4 * g.flip).to(x.device)
     table, inverse = permutations(height, width, x.device)
-    grid = (width, height) if turned[0] else (height, width)
+    grid = (width, height) if True in parities else (height, width)
     if grid == size:
         maps = _Permute.apply(x.permute(0, 2, 3, 1), table[dihedral], inverse[dihedral], size)
     else:
         # Turn first, then resample: the same element, as turns and flips carry the centred grid onto itself.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         operators = [
-            resampling(old, new, mode, antialias, dtype, x.device)
-            for old, new in zip(grid, size, strict=True)
+            resampling(old, new, mode, antialias, dtype, x.device) for old, new in zip(grid, size, strict=True)
         ]
         maps = _Act.apply(
             x.permute(0, 2, 3, 1),
@@ -105,20 +105,18 @@ def _check(g: GroupElement, x: Tensor, mode: str) -> tuple[int, int]:
         )
     if mode not in MODES:
         raise SERError(call, f"mode={mode!r}", f"one of {MODES}", "act(g, x, mode='bicubic')")
-    size = g.output_size((x.shape[-2], x.shape[-1]))
-    if sorted(size) != sorted(x.shape[-2:]) and not x.dtype.is_floating_point:
-        raise SERError(
-            call, f"x of {x.dtype}", "floating point numbers, to be resampled", "act(g, x.float())"
-        )
+    height, width = x.shape[-2:]
+    size = g.output_size((height, width))
+    if size not in ((height, width), (width, height)) and not x.dtype.is_floating_point:
+        raise SERError(call, f"x of {x.dtype}", "floating point numbers, to be resampled", "act(g, x.float())")
     return size
 
 
+@torch.compiler.assume_constant_result  # a compiler takes the tables as they are
 @lru_cache(maxsize=64)
 def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each cell of the turned grid comes from, and back: two (8, H·W) tables; row turns + 4 · flip."""
-    with torch.inference_mode(
-        False
-    ):  # a table cached from inference mode could never be saved for a backward
+    with torch.inference_mode(False):  # a table cached from inference mode could never be saved for a backward
         cells = torch.arange(height * width).view(height, width)
         table = torch.stack(
             [torch.rot90(start, turns).flatten() for start in (cells, cells.flip(-1)) for turns in range(4)]
@@ -126,10 +124,9 @@ def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor,
         return table.to(device), table.argsort(-1).to(device)
 
 
+@torch.compiler.assume_constant_result  # a compiler takes the tables as they are
 @lru_cache(maxsize=256)
-def resampling(
-    old: int, new: int, mode: str, antialias: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def resampling(old: int, new: int, mode: str, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(new, old): the linear map by which torch resamples one axis, read off its action on unit vectors."""
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         basis = torch.eye(old, dtype=torch.float64)[None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -39,7 +40,7 @@ class GroupElement:
     Raises:
         SERError: the parts disagree in length or type, or a factor is not a positive number.
 
-    Keep elements on the CPU: what acts with them reads their values, and reads there cost no GPU synchronisation.
+    Make elements on the CPU, where reading their values costs no GPU synchronisation; what acts with them moves them.
 
     Source: Section 3.1 of the paper ("Geometric group for equivariance").
 
@@ -52,13 +53,22 @@ class GroupElement:
         True
     """
 
-    __slots__ = ("flip", "scale", "turns")
-
     def __init__(self, turns: Tensor, flip: Tensor, scale: Tensor) -> None:
         self._check(turns, flip, scale)
         self.turns = turns.remainder(4)
         self.flip = flip
         self.scale = scale
+        # What decides about grids, read once and kept on the host: whoever acts with the element waits for no GPU,
+        # and torch.compile knows the grids of its graph. (turned by 90 or 270 degrees, factor of height, of width)
+        kinds = zip((self.turns % 2 == 1).tolist(), *scale.T.tolist(), strict=True)
+        self.kinds: tuple[tuple[bool, float, float], ...] = tuple(sorted(set(kinds)))
+        if not all(0 < side < math.inf for _, *sides in self.kinds for side in sides):
+            raise SERError(
+                "GroupElement(turns, flip, scale)",
+                f"scale from {scale.min():g} to {scale.max():g}",
+                "factors that are positive and finite",
+                "scale = torch.ones(len(turns), 2, dtype=torch.float64)",
+            )
 
     @staticmethod
     def _check(turns: Tensor, flip: Tensor, scale: Tensor) -> None:
@@ -95,13 +105,6 @@ class GroupElement:
                 ", ".join(f"{name} on {part.device}" for name, part in parts.items()),
                 "all parts on one device",
                 "GroupElement(turns.cpu(), flip.cpu(), scale.cpu())",
-            )
-        if scale.device.type == "cpu" and not bool(((scale > 0) & scale.isfinite()).all()):
-            raise SERError(
-                call,
-                f"scale down to {scale.min():g}",
-                "factors that are positive and finite",
-                "scale = torch.ones(len(turns), 2, dtype=torch.float64)",
             )
 
     @classmethod
@@ -185,7 +188,9 @@ class GroupElement:
 
     def to(self, device: torch.device | str) -> GroupElement:
         """The same elements on another device."""
-        return GroupElement(self.turns.to(device), self.flip.to(device), self.scale.to(device))
+        moved = copy.copy(self)  # not anew: reading values back would wait for the device
+        moved.turns, moved.flip, moved.scale = (part.to(device) for part in (self.turns, self.flip, self.scale))
+        return moved
 
     def allclose(self, other: GroupElement, rtol: float = 1e-9) -> bool:
         """Equal turns and flips, and scales equal up to rounding."""
@@ -221,25 +226,21 @@ class GroupElement:
             >>> g.output_size((8, 6))
             (6, 4)
         """
-        sides = (self.scale * self.scale.new_tensor(size)).round().long()
-        sides = torch.where((self.turns % 2 == 1)[:, None], sides.flip(-1), sides)
-        found: dict[tuple[int, int], list[int]] = {}
-        for i, (height, width) in enumerate(sides.tolist()):
-            found.setdefault((height, width), []).append(i)
+        sizes = {self._size_of(kind, size) for kind in self.kinds}
         call = f"g.output_size({tuple(size)})"
-        if not found:
+        if not sizes:
             raise SERError(call, "no element", "a batch of at least one", "GroupElement.identity(1)")
-        if len(found) > 1:
-            turned = len(set((self.turns % 2).tolist())) > 1
+        if len(sizes) > 1:
+            found: dict[tuple[int, int], list[int]] = {}
+            for i, g in enumerate(self):
+                found.setdefault(self._size_of(g.kinds[0], size), []).append(i)
             raise SERError(
                 call,
                 "; ".join(f"{size} from samples {samples}" for size, samples in sorted(found.items())),
                 "one output size for the whole batch: the same grid, and on rectangles the same parity of turns",
-                "g = GroupElement(g.turns // 2 * 2, g.flip, g.scale)"
-                if turned
-                else "g = GroupElement(g.turns, g.flip, g.scale[:1].expand(len(g), 2))",
+                "g = GroupElement(g.turns // 2 * 2, g.flip, g.scale[:1].expand(len(g), 2))",
             )
-        ((height, width),) = found
+        ((height, width),) = sizes
         if height < 1 or width < 1:
             raise SERError(
                 call,
@@ -249,6 +250,12 @@ class GroupElement:
             )
         return height, width
 
+    @staticmethod
+    def _size_of(kind: tuple[bool, float, float], size: tuple[int, int]) -> tuple[int, int]:
+        turned, *factors = kind
+        height, width = (round(side * factor) for side, factor in zip(size, factors, strict=True))
+        return (width, height) if turned else (height, width)
+
     def __repr__(self) -> str:
         if len(self) > 4:
             return f"GroupElement(batch of {len(self)})"
@@ -256,9 +263,7 @@ class GroupElement:
         return f"GroupElement(turns={self.turns.tolist()}, flip={self.flip.tolist()}, scale={scale})"
 
 
-def side_factors(
-    area: Tensor, aspect: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Tensor:
+def side_factors(area: Tensor, aspect: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
     """(B, 2) factors of height and width from two uniform numbers in [0, 1) each.
 
     The area factor is uniform in `scale`, the aspect factor (height over width) log-uniform in `ratio`.

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .distributed import agree, gather, place
 from .errors import SERError
@@ -75,7 +76,7 @@ def patch_ntxent(
         temperature: above 0. The paper takes 0.3 (MoCo-v3, Barlow Twins) and 0.5 (DINO).
         symmetric: the mean of both directions, anchors from z1 and anchors from z2; else anchors from z1 alone.
         chunk_size: side of a tile of logits, in tokens. It trades memory for speed and never touches the result.
-            By default 1024 on a CPU (a tile of 4 MiB, which stays in cache), 4096 elsewhere (64 MiB).
+            By default 1536 on a CPU (tiles of 9 MiB), 4096 elsewhere (64 MiB).
         group: the processes whose images make up the batch, by default all there are. Images and grid sizes may
             differ between ranks in any way, and a rank may have no image, but every rank has to call, and then to
             go backward if one does. To compute the loss on one rank alone, give it a group of its own.
@@ -94,11 +95,12 @@ def patch_ntxent(
     Example:
         >>> z = torch.eye(6).reshape(2, 3, 6)  # 2 images of 3 tokens, all orthogonal
         >>> patch_ntxent(z, z, temperature=1.0)  # a perfect match against 6 negatives: log(e + 6) - 1
-        tensor(1.1652)
+        tensor(1.1654)
         >>> patch_ntxent(z, z.roll(1, dims=1), temperature=1.0)  # positives like any other: log(7)
         tensor(1.9459)
     """
-    return _loss(z1, z2, _batch(z1, z2, temperature, symmetric, chunk_size, group))
+    loss, _, _ = _loss(z1, z2, temperature, symmetric, chunk_size, group)
+    return loss
 
 
 def contrast(
@@ -110,138 +112,109 @@ def contrast(
     group: "dist.ProcessGroup | None",
 ) -> Contrast:
     """`patch_ntxent`, same arguments, with its diagnostics: they cost one more look at up to 1024 anchors."""
-    batch = _batch(z1, z2, temperature, symmetric, chunk_size, group)
-    loss = _loss(z1, z2, batch)
-    total = sum(anchors for anchors, _ in batch.shards)
-    chance = sum(anchors * math.log(1 + 2 * (total - tokens)) for anchors, tokens in batch.shards) / total
-    others = None if batch.others is None else batch.others.detach()
-    accuracy = _accuracy(z1.detach(), z2.detach(), others, temperature, batch.side)
+    loss, counts, others = _loss(z1, z2, temperature, symmetric, chunk_size, group)
+    total = sum(images * tokens for images, tokens in counts)
+    chance = sum(images * tokens * math.log(1 + 2 * (total - tokens)) for images, tokens in counts) / total
+    others = None if others is None else others.detach()
+    accuracy = _accuracy(z1.detach(), z2.detach(), others, temperature, chunk_size)
     return Contrast(loss, loss.new_full((), chance), accuracy)
 
 
-# What this rank has to know of the others ---------------------------------------------------------------------
-
-
-class _Batch(NamedTuple):
-    temperature: float
-    symmetric: bool
-    side: int
-    shards: list[tuple[int, int]]  # (anchors, anchors per image) of every rank
-    weight: float  # of the mean over this rank's anchors
-    others: Tensor | None  # (K, D) scaled tokens of all other ranks, both views
-
-
-def _batch(
+def _loss(
     z1: Tensor,
     z2: Tensor,
     temperature: float,
     symmetric: bool,
     chunk_size: int | None,
     group: "dist.ProcessGroup | None",
-) -> _Batch:
+) -> tuple[Tensor, list[tuple[int, ...]], Tensor | None]:
+    """The loss, (images, tokens of each) of every rank, and the tokens of all other ranks, ready to be keys."""
+    differentiate = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
     rank, world = place(group)
-    error = _complaint(z1, z2, temperature, chunk_size)
-    if error is not None and world == 1:
-        raise error
-    images, tokens, width = z1.shape if error is None else (0, 0, 0)
-    counts: list[tuple[int, ...]] = [(images, tokens)]
+    counts = _counts(z1, z2, temperature, symmetric, chunk_size, differentiate, world, group)
+    weight, others = 1.0, None
     if world > 1:
-        differentiable = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
+        anchors = [images * tokens for images, tokens in counts]
+        weight = world * anchors[rank] / sum(anchors)
+        with torch.autocast(z1.device.type, enabled=False):
+            mine = torch.cat([(z * _scale(z, temperature)).flatten(0, 1) for z in (z1, z2)])
+        shards = gather(mine, [2 * n for n in anchors], group)
+        # An image lives on one rank, so what another rank holds is another image, wherever it stands in the list.
+        others = torch.cat([shard for owner, shard in enumerate(shards) if owner != rank])
+    loss: Tensor = _PatchNTXent.apply(z1, z2, others, temperature, symmetric, chunk_size, weight, differentiate)
+    return loss, counts, others
+
+
+def _counts(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float,
+    symmetric: bool,
+    chunk_size: int | None,
+    differentiate: bool,
+    world: int,
+    group: "dist.ProcessGroup | None",
+) -> list[tuple[int, ...]]:
+    """(images, tokens of each) of every rank, once all input is found to be valid and in agreement."""
+    call = f"patch_ntxent(z1, z2, temperature={temperature}, symmetric={symmetric}, chunk_size={chunk_size})"
+    error = _complaint(call, z1, z2, temperature, chunk_size)
+    if world == 1:
+        if error is not None:
+            raise error
+        counts: list[tuple[int, ...]] = [(z1.shape[0], z1.shape[1])]
+    else:
+        images, tokens, width = z1.shape if error is None else (0, 0, 0)
         shared = {
             "feature dimension": (width, "SERLoss(dim, projection_dim=512)"),
             "bits per number": (torch.finfo(_precision(z1)).bits, "z1.float(), z2.float()"),
-            "temperature": (temperature if error is None else 0.0, "temperature=0.3"),
+            "temperature": (temperature if error is None else 0, "temperature=0.3"),
             "symmetric": (symmetric, "symmetric=True"),
-            "gradient wanted": (differentiable, "torch.set_grad_enabled(True)"),
+            "requires_grad": (differentiate, "torch.set_grad_enabled(True)"),
         }
-        counts = agree("patch_ntxent(z1, z2)", error, (images, tokens), shared, z1.device, group)
+        counts = agree(call, error, (images, tokens), shared, z1.device, group)
     if sum(images for images, _ in counts) < 2:
-        raise SERError(
-            "patch_ntxent(z1, z2)",
-            f"z1 {tuple(z1.shape)}, {sum(images for images, _ in counts)} images over {world} processes",
-            "at least 2 images: negatives are tokens of other images",
-            "partition_size(batch_size, ratio, world_size)  # never 1",
-        )
-    shards = [(images * tokens, tokens) for images, tokens in counts]
-    side = chunk_size or (1024 if z1.device.type == "cpu" else 4096)
-    batch = _Batch(temperature, symmetric, side, shards, 1.0, None)
-    if world == 1:
-        return batch
-    with torch.autocast(z1.device.type, enabled=False):
-        mine = torch.cat([(z * _scale(z, temperature)).flatten(0, 1) for z in (z1, z2)])
-    everyone = gather(mine, [2 * anchors for anchors, _ in shards], group)
-    # An image lives on one rank: what another rank holds is another image, wherever it stands in the list.
-    others = torch.cat([tokens for owner, tokens in enumerate(everyone) if owner != rank])
-    return batch._replace(others=others, weight=world * shards[rank][0] / sum(anchors for anchors, _ in shards))
+        given = f"z1 {tuple(z1.shape)}, {sum(images for images, _ in counts)} images in {world} processes"
+        expected = "2 images or more: negatives are tokens of other images"
+        raise SERError(call, given, expected, "partition_size(batch_size, ratio, world_size)  # never 1")
+    return counts
 
 
-def _complaint(z1: Tensor, z2: Tensor, temperature: float, chunk_size: int | None) -> SERError | None:
-    """What is wrong with the arguments on this rank. Returned, since other ranks have to hear of it first."""
-    call = "patch_ntxent(z1, z2)"
-    if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
-        return SERError(
-            f"patch_ntxent(z1, z2, temperature={temperature})",
-            f"{temperature}",
-            "a finite number above 0",
-            "temperature=0.3",
-        )
+def _complaint(call: str, z1: Tensor, z2: Tensor, temperature: float, chunk_size: int | None) -> SERError | None:
+    """What is wrong on this rank. Returned, not raised, for the other ranks have to hear of it."""
+
+    def wrong(expected: str, remedy: str, given: str = "") -> SERError:
+        views = (f"{name} {tuple(z.shape)} {z.dtype} on {z.device}" for name, z in (("z1", z1), ("z2", z2)))
+        return SERError(call, given or ", ".join(views), expected, remedy)
+
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        return wrong("a finite temperature above 0", "temperature=0.3", f"temperature={temperature}")
     if chunk_size is not None and chunk_size < 1:
-        return SERError(
-            f"patch_ntxent(z1, z2, chunk_size={chunk_size})",
-            f"{chunk_size}",
-            "tokens along a tile, at least 1",
-            "chunk_size=None  # automatic",
-        )
+        return wrong("a tile of at least 1 token", "chunk_size=None  # automatic", f"chunk_size={chunk_size}")
     if z1.ndim != 3 or z2.ndim != 3:
-        return SERError(
-            call,
-            _describe(z1, z2),
-            "token lists (B, N, D)",
-            "z1.flatten(2).mT, z2.flatten(2).mT  # of maps (B, D, h, w)",
-        )
+        return wrong("token lists (B, N, D)", "z1.flatten(2).mT, z2.flatten(2).mT  # from maps (B, D, h, w)")
     if z1.shape != z2.shape:
-        return SERError(call, _describe(z1, z2), "equal shapes", "act(g, z1)  # first, onto the grid of z2")
+        return wrong("equal shapes", "act(g, z1)  # first: it brings z1 onto the grid of z2")
     if z1.dtype != z2.dtype or not z1.is_floating_point():
-        return SERError(call, _describe(z1, z2), "one floating point dtype", "z1.float(), z2.float()")
+        return wrong("one floating point dtype", "z1.float(), z2.float()")
     if z1.device != z2.device:
-        return SERError(call, _describe(z1, z2), "one device", "z2.to(z1.device)")
-    if len(z1) and not (z1.shape[1] and z1.shape[2]):
-        return SERError(
-            call, _describe(z1, z2), "at least one token of one feature per image", "patch_tokens(vit, images, layer)"
-        )
-    if z1.device.type == "cpu" and not torch.compiler.is_compiling():
-        for name, z in (("z1", z1), ("z2", z2)):
-            # A finite sum proves finite features, without a mask; an infinite one proves nothing.
-            if not math.isfinite(z.detach().sum()) and not z.isfinite().all():
-                bad = (~z.isfinite()).any(-1).sum().item()
-                return SERError(
-                    call,
-                    f"{name}, in which {bad} of {z[..., 0].numel()} tokens are not finite",
-                    "finite features",
-                    f"torch.isfinite({name}).all()",
-                )
+        return wrong("one device", "z1.to(z2.device)")
+    if z1.shape[0] and not (z1.shape[1] and z1.shape[2]):
+        return wrong("tokens with features", "patch_tokens(vit, images, layer).flatten(2).mT")
+    if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
+        for name, z in (("z1", z1.detach()), ("z2", z2.detach())):
+            # A finite sum proves finite features without a mask as large as they are; an infinite one nothing.
+            if not math.isfinite(z.sum()) and not z.isfinite().all():
+                bad = (~z.isfinite()).any(-1)
+                given = f"{name} with {int(bad.sum())} of {bad.numel()} tokens not finite"
+                return wrong("finite features", f"torch.isfinite({name}).all()  # at each step before", given)
     return None
-
-
-def _describe(z1: Tensor, z2: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(z.shape)} {z.dtype} on {z.device}" for name, z in (("z1", z1), ("z2", z2)))
-
-
-# The loss and its gradient ------------------------------------------------------------------------------------
-
-
-def _loss(z1: Tensor, z2: Tensor, batch: _Batch) -> Tensor:
-    differentiate = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
-    loss: Tensor = _PatchNTXent.apply(
-        z1, z2, batch.others, batch.temperature, batch.symmetric, batch.side, batch.weight, differentiate
-    )
-    return loss
 
 
 class _PatchNTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z1: Tensor, z2: Tensor, others: Tensor | None, *options: Any) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.symmetric = z1.shape, z1.dtype, options[1]
+        _, ctx.symmetric, *_ = options
+        ctx.shape, ctx.dtype = z1.shape, z1.dtype
         loss: Tensor
         loss, near_grad, far_grad = _stream(z1, z2, others, *options)
         ctx.save_for_backward(near_grad, far_grad)
@@ -250,16 +223,12 @@ class _PatchNTXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise SERError(
-                "patch_ntxent(z1, z2).backward(create_graph=True)",
-                "a gradient that is to be differentiated again",
-                "first derivatives only",
-                "create_graph=False",
-            )
+            call = "patch_ntxent(z1, z2).backward(create_graph=True)"
+            raise SERError(call, "a gradient to be differentiated again", "first derivatives", "create_graph=False")
         near_grad, far_grad = ctx.saved_tensors
         g1, g2, others = _views(near_grad, far_grad, ctx.shape, ctx.symmetric)
         needed = ctx.needs_input_grad
-        # Cast last: half precision needs the factor of a gradient scaler before it, or small gradients vanish.
+        # Cast last: in half precision small gradients vanish unless a gradient scaler's factor is in before.
         return (
             (g1 * grad).to(ctx.dtype) if needed[0] else None,
             (g2 * grad).to(ctx.dtype) if needed[1] else None,
@@ -276,7 +245,7 @@ def _stream(
     others: Tensor | None,
     temperature: float,
     symmetric: bool,
-    side: int,
+    chunk_size: int | None,
     weight: float,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,16 +257,18 @@ def _stream(
         scale1, scale2 = _scale(z1, temperature), _scale(z2, temperature)
         torch.mul(z1, scale1, out=x1)
         torch.mul(z2, scale2, out=x2)
-        positive = torch.linalg.vecdot(x1, x2).repeat(1, 2 if symmetric else 1)  # (images, anchors)
+        directions = 2 if symmetric else 1
+        positive = torch.linalg.vecdot(x1, x2).repeat(1, directions)  # (images, anchors of an image)
 
         # |logit| <= 1/temperature: where the dtype holds exponentials of that, a sum needs no running maximum.
         bounded = 1 / temperature < 2 / 3 * math.log(torch.finfo(near.dtype).max)
-        log_z, near_grad, far_grad = _sweep(near, far, positive, side, not symmetric, bounded, differentiate)
+        side = _side(chunk_size, z1)
+        negatives, near_grad, far_grad = _sweep(near, far, positive, side, not symmetric, bounded, differentiate)
         mean = weight / max(1, len(near))
-        loss = (log_z - positive).sum() * mean
+        loss = softplus(negatives - positive).sum() * mean  # log(1 + exp(negatives) / exp(positive))
 
         if differentiate:
-            pull = torch.expm1(positive - log_z).view(images, -1, tokens).sum(1).unsqueeze(-1)
+            pull = -torch.sigmoid(negatives - positive).view(images, directions, tokens).sum(1).unsqueeze(-1)
             g1, g2, g_others = _views(near_grad, far_grad, z1.shape, symmetric)
             g1.addcmul_(pull, x2)
             g2.addcmul_(pull, x1)
@@ -315,7 +286,7 @@ def _(
     others: Tensor | None,
     temperature: float,
     symmetric: bool,
-    side: int,
+    chunk_size: int | None,
     weight: float,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -327,13 +298,14 @@ def _(
 def _sweep(
     near: Tensor, far: Tensor, positive: Tensor, side: int, own_in_far: bool, bounded: bool, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z of every anchor, shaped like `positive`, and the gradients of their sum, positives left out.
+    """Log-sum-exp of every anchor's negatives, shaped like `positive`, and the gradients that negatives give.
 
     near (images * span, D) are the anchors, image by image, and keys of one another; far (K, D) are keys alone. With
     `own_in_far`, image i is at i * span there too. `bounded` says that exponentials of logits need no shift.
     """
     images, span = positive.shape
-    log_z = positive.flatten().clone()
+    positive = positive.flatten()
+    negatives = torch.full_like(positive, -math.inf)
     near_grad, far_grad = (torch.zeros_like(x) if differentiate else x.new_empty(0) for x in (near, far))
     height = max(min(side * side // max(1, len(far)), len(near)), near.shape[1] // 8, 1)  # of a band of far logits
     buffer = near.new_empty(max(min(side, len(near)) ** 2, height * len(far)))
@@ -346,8 +318,8 @@ def _sweep(
             by_row, by_key = tile.sum(1).log(), tile.sum(0).log()
         else:
             by_row, by_key = tile.logsumexp(1), tile.logsumexp(0)
-        log_z[rows] = torch.logaddexp(log_z[rows], by_row)
-        log_z[keys] = torch.logaddexp(log_z[keys], by_key)
+        negatives[rows] = negatives[rows].logaddexp(by_row)
+        negatives[keys] = negatives[keys].logaddexp(by_key)
 
     for rows, own in _bands(images, span, height, own_in_far) if len(far) else ():
         band = _matrix(buffer, rows, slice(own.stop - own.start, len(far)))
@@ -356,18 +328,19 @@ def _sweep(
         tiles = band.tensor_split((own.start,), 1)
         for run, tile in zip(runs, tiles, strict=True):
             torch.mm(near[rows], far[run].mT, out=tile)
-        shift = band.new_zeros(()) if bounded else band.amax(1, keepdim=True)
-        band.sub_(shift).exp_()
-        log_z[rows] = torch.logaddexp(log_z[rows, None], band.sum(1, keepdim=True).log() + shift)[:, 0]
+        shift = band.new_zeros(()) if bounded else band.amax(1)
+        band.sub_(shift.unsqueeze(-1)).exp_()
+        negatives[rows] = negatives[rows].logaddexp(band.sum(1).log() + shift)
         if differentiate:
-            share = torch.exp(shift - log_z[rows, None])
+            share = torch.exp(shift - negatives[rows].logaddexp(positive[rows])).unsqueeze(-1)
             for run, tile in zip(runs, tiles, strict=True):
                 near_grad[rows].addmm_(tile, far[run])
                 far_grad[run].addmm_(tile.mT, near[rows] * share)
             near_grad[rows] *= share
 
     spare = torch.empty_like(buffer)
-    inverse = log_z.neg().exp()
+    log_z = negatives.logaddexp(positive)
+    inverse = torch.exp(-log_z)
     for rows, keys in _tiles(0, images, span, side) if differentiate else ():
         tile, weight = _matrix(buffer, rows, keys), _matrix(spare, rows, keys)
         torch.mm(near[rows], near[keys].mT, out=tile)
@@ -378,7 +351,7 @@ def _sweep(
             tile.sub_(log_z[rows, None]).exp_().add_(weight.exp_())
         near_grad[rows].addmm_(tile, near[keys])
         near_grad[keys].addmm_(tile.mT, near[rows])
-    return log_z.view_as(positive), near_grad, far_grad
+    return negatives.view(images, span), near_grad, far_grad
 
 
 def _tiles(first: int, last: int, span: int, side: int) -> Iterator[tuple[slice, slice]]:
@@ -436,6 +409,10 @@ def _views(near: Tensor, far: Tensor, shape: torch.Size, symmetric: bool) -> tup
     return near.view(shape), far[: len(near)].view(shape), far[len(near) :]
 
 
+def _side(chunk_size: int | None, z: Tensor) -> int:
+    return chunk_size or (1536 if z.device.type == "cpu" else 4096)
+
+
 def _scale(z: Tensor, temperature: float) -> Tensor:
     """(B, N, 1): what a token is multiplied by, so that products of two are logits."""
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=_precision(z))
@@ -449,7 +426,7 @@ def _precision(z: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op(f"{__package__}::accuracy", mutates_args=())
-def _accuracy(z1: Tensor, z2: Tensor, others: Tensor | None, temperature: float, side: int) -> Tensor:
+def _accuracy(z1: Tensor, z2: Tensor, others: Tensor | None, temperature: float, chunk_size: int | None) -> Tensor:
     """How often, among evenly spaced anchors of z1, the positive beats every other candidate."""
     with torch.autocast(z1.device.type, enabled=False):
         x1, x2 = ((z * _scale(z, temperature)).flatten(0, 1) for z in (z1, z2))
@@ -458,16 +435,16 @@ def _accuracy(z1: Tensor, z2: Tensor, others: Tensor | None, temperature: float,
         probe = token[:_PROBES] * len(x1) // max(1, min(len(x1), _PROBES))
         anchors, positive = x1[probe], torch.linalg.vecdot(x1[probe], x2[probe])
         best = torch.full_like(positive, -math.inf)
-        for keys in _spans(0, len(x1), side):
+        for keys in _spans(0, len(x1), _side(chunk_size, z1)):
             own = probe[:, None] // z1.shape[1] == token[keys] // z1.shape[1]
             for x in (x1, x2):
                 best = best.maximum((anchors @ x[keys].mT).masked_fill_(own, -math.inf).amax(1))
-        for keys in _spans(0, len(far), side):
+        for keys in _spans(0, len(far), _side(chunk_size, z1)):
             best = best.maximum((anchors @ far[keys].mT).amax(1))
         accuracy: Tensor = (positive > best).to(anchors.dtype).mean()
     return accuracy
 
 
 @_accuracy.register_fake
-def _(z1: Tensor, z2: Tensor, others: Tensor | None, temperature: float, side: int) -> Tensor:
+def _(z1: Tensor, z2: Tensor, others: Tensor | None, temperature: float, chunk_size: int | None) -> Tensor:
     return z1.new_empty((), dtype=_precision(z1))

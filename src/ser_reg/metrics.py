@@ -115,7 +115,7 @@ def _other(n: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _tokens(vit: nn.Module, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
-    parts = [layer_tokens(vit, part, layers) for part in images.split(BATCH)]
+    parts = [layer_tokens(vit, part, layers) for part in torch.split(images, BATCH)]
     return {layer: torch.cat([part[layer] for part in parts]).float() for layer in layers}
 
 

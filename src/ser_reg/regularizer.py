@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -67,11 +68,17 @@ class SERLoss(nn.Module):
         for name, value in (("dim", dim), ("projection_dim", projection_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SERError(
-                    "SERLoss(dim, projection_dim)", f"{name}={value!r}", "a positive whole number", "SERLoss(vit.embed_dim)"
+                    "SERLoss(dim, projection_dim)",
+                    f"{name}={value!r}",
+                    "a positive whole number",
+                    "SERLoss(vit.embed_dim)",
                 )
         if not 0 < temperature < float("inf"):
             raise SERError(
-                "SERLoss(dim, temperature)", f"temperature={temperature}", "a positive number", "SERLoss(dim, temperature=0.3)"
+                "SERLoss(dim, temperature)",
+                f"temperature={temperature}",
+                "a positive number",
+                "SERLoss(dim, temperature=0.3)",
             )
         self.dim = dim
         self.temperature = temperature
@@ -85,23 +92,26 @@ class SERLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
-    def forward(self, z1: Tensor, z2: Tensor, relative: GroupElement) -> SEROutput:
+    def forward(
+        self, z1: Tensor, z2: Tensor, relative: GroupElement, group: dist.ProcessGroup | None = None
+    ) -> SEROutput:
         """The loss of B pairs of token maps.
 
         Args:
             z1: (B, D, h1, w1), tokens of view 1.
             z2: (B, D, h2, w2), tokens of view 2.
             relative: B elements (or one for all) that take view 1 to view 2 (``pair.relative``).
+            group: the processes whose images are one batch; by default all there are.
 
         Raises:
-            SERError: maps of other shapes or devices, grids that differ after the action, one image over all ranks,
-                or, on a CPU, non-finite features.
+                SERError: maps of other shapes or devices, grids that differ after the action, one image over all ranks,
+                features without gradient in training, or, on a CPU, non-finite features.
         """
         call = f"ser(z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}, relative)"
         self._check(call, z1, z2)
         # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
         with torch.autocast(z1.device.type, enabled=False):
-            weight: Tensor = self.projector[0].weight
+            weight = next(self.projector.parameters())
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
             z1, z2 = z1.to(dtype), z2.to(dtype)
             finite = torch.stack([z1.detach().isfinite().all(), z2.detach().isfinite().all()])
@@ -121,7 +131,7 @@ class SERLoss(nn.Module):
                 )
             tokens1, tokens2 = (self.projector(rearrange(z, "b d h w -> b (h w) d").to(weight.dtype)) for z in (z1, z2))
             loss, chance, accuracy = contrast(
-                tokens1, tokens2, self.temperature, symmetric=True, chunk_size=None, group=None
+                tokens1, tokens2, self.temperature, symmetric=True, chunk_size=None, group=group
             )
             return SEROutput(loss, chance, accuracy, _spread(tokens1.detach(), tokens2.detach()), finite)
 
@@ -140,7 +150,14 @@ class SERLoss(nn.Module):
             raise SERError(
                 call, f"{len(z1)} and {len(z2)} images", "two views of the same images", "pair = views(images)"
             )
-        weight = self.projector[0].weight
+        if self.training and torch.is_grad_enabled() and not (z1.requires_grad or z2.requires_grad):
+            raise SERError(
+                call,
+                "features without gradient, in training",
+                "features of the encoder, not detached: else the term trains its projector alone",
+                "ser.eval()  # or, to train, patch_tokens(vit, pair.x1, layer=3) outside torch.no_grad()",
+            )
+        weight = next(self.projector.parameters())
         if not z1.device == z2.device == weight.device:
             raise SERError(
                 call,

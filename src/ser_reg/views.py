@@ -101,8 +101,7 @@ class EquivariantViews:
                 changed the shape.
         """
         self._check(images)
-        grid = (images.shape[-2] / self.patch_size, images.shape[-1] / self.patch_size)
-        (x1, g1), (x2, g2) = (self._view(images, grid, generator) for _ in range(2))
+        (x1, g1), (x2, g2) = (self._view(images, generator) for _ in range(2))
         return ViewPair(x1, x2, g1, g2)
 
     def _check(self, images: Tensor) -> None:
@@ -121,12 +120,11 @@ class EquivariantViews:
                 f"EquivariantViews(patch_size={max(1, int(min(height, width) * smallest))})",
             )
 
-    def _view(
-        self, images: Tensor, grid: tuple[float, float], generator: torch.Generator | None
-    ) -> tuple[Tensor, GroupElement]:
+    def _view(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, GroupElement]:
         """One view: its images and elements."""
+        size = (images.shape[-2], images.shape[-1])
         # A rank whose share of the batch is empty has a grid all the same: draw for one sample, keep none.
-        drawn = self._draw(max(1, len(images)), images.shape[-2:], grid, generator)
+        drawn = self._draw(max(1, len(images)), size, generator)
         element = drawn[: len(images)]
         if self.photometric is not None:
             with _seeded(generator, images.device):
@@ -140,19 +138,18 @@ class EquivariantViews:
                 )
             images = changed
         if not len(images):
-            return images.new_empty(*images.shape[:2], *drawn.output_size(images.shape[-2:])), element
+            return images.new_empty(*images.shape[:2], *drawn.output_size(size)), element
         return act(element, images, antialias=True), element
 
-    def _draw(
-        self, n: int, size: tuple[int, int], grid: tuple[float, float], generator: torch.Generator | None
-    ) -> GroupElement:
+    def _draw(self, n: int, size: tuple[int, int], generator: torch.Generator | None) -> GroupElement:
         """n elements of one grid and one parity of turns."""
         device = "cpu" if generator is None else generator.device
         area, aspect = torch.rand(2, 1, generator=generator, dtype=torch.float64, device=device).cpu()
         parity = torch.randint(2, (1,), generator=generator, device=device).cpu()
         half, flip = torch.randint(2, (2, n), generator=generator, device=device).cpu()
-        cells = (side_factors(area, aspect, self.scale, self.ratio) * area.new_tensor(grid)).round()
-        scale = cells * self.patch_size / area.new_tensor(size)
+        sides = area.new_tensor(size)
+        cells = (side_factors(area, aspect, self.scale, self.ratio) * sides / self.patch_size).round()
+        scale = cells * self.patch_size / sides
         return GroupElement(
             (parity + 2 * half) * int(self.rotations), flip.bool() & self.flips, scale.expand(n, 2).clone()
         )

@@ -7,6 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
+import timm
 import torch
 from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .errors import SERError
 __all__ = [
     "TokenTap",
     "accepts_any_size",
+    "create",
     "depth",
     "late_cls",
     "layer_tokens",
@@ -276,7 +278,19 @@ class TokenTap:
 
     def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._hears() and self._reached and self._grid is not None:
-            self._tokens = _as_map(args[0][:, self._vit.num_prefix_tokens :], self._grid)
+            with torch.enable_grad():  # reentrant checkpointing calls the next block without
+                self._tokens = _as_map(args[0][:, self._vit.num_prefix_tokens :], self._grid)
+
+
+def create(name: str) -> nn.Module:
+    """An untrained timm model by name, without a classifier, that takes images of any size if its kind can."""
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # not a ViT: what it is used for says so better than its constructor
+        return timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as error:
+        call, remedy = f"create({name!r})", f"timm.list_models('*{name.split('_')[0]}*')"
+        raise SERError(call, str(error), "the name of a timm model", remedy) from error
 
 
 def depth(vit: nn.Module) -> int:
@@ -312,7 +326,7 @@ def _timm(call: str, vit: nn.Module) -> Any:
         return vit
     inner, path = vit, "vit"
     while isinstance(inner, nn.Module):
-        name = next((name for name in ("module", "_orig_mod") if isinstance(getattr(inner, name, None), nn.Module)), "")
+        name = next((name for name in ("_orig_mod", "module") if isinstance(getattr(inner, name, None), nn.Module)), "")
         if not name:
             break
         inner, path = getattr(inner, name), f"{path}.{name}"
@@ -343,20 +357,21 @@ def _check_no_patch_dropout(call: str, model: Any) -> None:
 
 def _check_images(call: str, model: Any, images: Tensor) -> tuple[int, int]:
     """The patch grid of these images, if the model takes them."""
-    stem = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
-    channels, dtype, device = stem.in_channels, stem.weight.dtype, stem.weight.device
     if not isinstance(images, Tensor):
         raise SERError(call, f"a {type(images).__name__}", "a tensor (B, C, H, W)", "torch.stack(list(images))")
     shape = f"images of shape {tuple(images.shape)}"
     if images.ndim != 4:
         remedy = "images[None]" if images.ndim == 3 else "images.flatten(0, -4)"
-        raise SERError(call, shape, f"(B, {channels}, H, W)", remedy)
-    if images.shape[1] != channels:
+        raise SERError(call, shape, "(B, C, H, W)", remedy)
+    stem = next((module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is not None and images.shape[1] != stem.in_channels:
         remedy = f"timm.create_model(..., in_chans={images.shape[1]})"
-        raise SERError(call, shape, f"(B, {channels}, H, W), as the model was built for", remedy)
+        raise SERError(call, shape, f"(B, {stem.in_channels}, H, W), as the model was built for", remedy)
     if not images.is_floating_point():
         given = f"images of {images.dtype}"
         raise SERError(call, given, "floating point, normalised as for the model", "images.float() / 255")
+    weight = next(model.patch_embed.parameters())
+    dtype, device = weight.dtype, weight.device
     if images.device != device and device.type != "meta":  # offloaded weights arrive during the forward
         raise SERError(call, f"images on {images.device}", f"{device}, as the model", f'images.to("{device}")')
     if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):

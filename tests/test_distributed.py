@@ -1,0 +1,376 @@
+"""Several gloo processes against one with the whole batch: values, gradients, disagreements, mutants."""
+
+import importlib
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from literal import dense_ntxent, literal_ntxent
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ser_reg import losses
+from ser_reg.distributed import gather, place
+from ser_reg.errors import SERError
+
+WORLD = 4
+SECONDS = 20  # for a job in which a rank might wait for ever
+RANKS = {1: [2], 2: [1, 3], 4: [0, 1, 2, 3]}  # which processes form the group of each size
+
+
+# The processes: started once, they take jobs --------------------------------------------------------------------
+
+
+class Here(NamedTuple):
+    """What a job knows of its process: rank in the group, and the group."""
+
+    rank: int
+    group: Any
+
+
+def serve(process: int, connection: Any, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=process, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    groups = {size: dist.new_group(ranks) for size, ranks in RANKS.items()}
+    groups[WORLD] = None  # the default
+    while True:
+        size, function, arguments = connection.recv()
+        try:
+            answer = function(Here(RANKS[size].index(process), groups[size]), *arguments)
+        except Exception as error:
+            answer = error
+        connection.send(answer)
+
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """run(size, function, *arguments): what function(Here, *arguments) returns or raises on each rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "ser_reg.losses"])
+    folder = str(tmp_path_factory.mktemp("store"))
+    pipes = [context.Pipe() for _ in range(WORLD)]
+    processes = [
+        context.Process(target=serve, args=(rank, theirs, folder), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+
+    def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        mine = [pipes[rank][0] for rank in RANKS[size]]
+        for connection in mine:
+            connection.send((size, function, arguments))
+        end = time.monotonic() + SECONDS
+        answered = [connection for connection in mine if connection.poll(max(0.0, end - time.monotonic()))]
+        answers = [connection.recv() for connection in answered]
+        if len(answers) < size:
+            for process in processes:
+                process.kill()
+            pytest.fail(f"{size - len(answers)} of {size} ranks hang, the others: {answers}")
+        return answers
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+# One process against several ------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    counts: list[tuple[int, int]]  # (images, tokens of each) of every rank
+    temperature: float = 0.3
+    symmetric: bool = True
+    chunk_size: int | None = None
+    seed: int = 0
+    width: int = 5
+
+    def shards(self) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        shards = []
+        for images, tokens in self.counts:
+            z1, other = torch.randn(2, images, tokens, self.width, generator=generator, dtype=torch.float64)
+            shards.append((z1.requires_grad_(), (z1 + other).detach().requires_grad_()))
+        return shards
+
+
+def loss_of_shard(here: Here, case: Case, module: str = "ser_reg.losses", folder: str = "") -> tuple[Tensor, ...]:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    z1, z2 = case.shards()[here.rank]
+    patch_ntxent = importlib.import_module(module).patch_ntxent
+    loss = patch_ntxent(z1, z2, case.temperature, case.symmetric, case.chunk_size, here.group)
+    (7 * loss).backward()
+    return loss.detach(), z1.grad / 7, z2.grad / 7
+
+
+def loss_of_all(case: Case, oracle: Callable[..., Tensor] = dense_ntxent) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    shards = case.shards()
+    z1, z2 = ([image for shard in shards for image in shard[view]] for view in (0, 1))
+    loss = oracle(z1, z2, case.temperature, case.symmetric)
+    loss.backward()
+    zero = torch.zeros_like
+    grads = [tuple(zero(z) if z.grad is None else z.grad for z in shard) for shard in shards]
+    return loss.detach(), grads
+
+
+def agrees(answers: list[tuple[Tensor, ...]], case: Case) -> bool:
+    """Whether the mean over ranks, of values and of gradients, is that of one process with everything."""
+    loss, grads = loss_of_all(case)
+    world = len(answers)
+    pairs = [(sum(answer[0] for answer in answers) / world, loss)]
+    for answer, wanted in zip(answers, grads, strict=True):
+        pairs += [(grad / world, w) for grad, w in zip(answer[1:], wanted, strict=True)]
+    return all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in pairs)
+
+
+def cases(size: int) -> st.SearchStrategy[Case]:
+    counts = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=size, max_size=size)
+    return st.builds(
+        Case,
+        counts.filter(lambda counts: sum(images for images, _ in counts) > 1),
+        temperature=st.sampled_from([0.001, 0.07, 0.3, 1.0]),
+        symmetric=st.booleans(),
+        chunk_size=st.none() | st.integers(1, 20),
+        seed=st.integers(0, 999),
+        width=st.integers(1, 20),
+    )
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_any_split_equals_one_process(size, run):
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=cases(size))
+    def compare(case):
+        assert agrees(run(size, loss_of_shard, case), case)
+
+    compare()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_uneven_split_equals_the_formula_read_literally(symmetric, run):
+    case = Case([(1, 3), (0, 2), (2, 1), (1, 4)], symmetric=symmetric)
+    loss, grads = loss_of_all(case, literal_ntxent)
+    answers = run(4, loss_of_shard, case)
+    torch.testing.assert_close(sum(answer[0] for answer in answers) / 4, loss, rtol=0, atol=1e-10)
+    for answer, wanted in zip(answers, grads, strict=True):
+        torch.testing.assert_close([g / 4 for g in answer[1:]], list(wanted), rtol=0, atol=1e-10)
+
+
+def test_one_image_per_rank_has_the_other_ranks_for_negatives(run):
+    case = Case([(1, 3), (1, 2), (1, 3), (1, 1)])
+    answers = run(4, loss_of_shard, case)
+    assert agrees(answers, case)
+    assert all(loss > 0 for loss, *_ in answers)
+
+
+def test_a_rank_without_images_returns_a_connected_zero(run):
+    loss, g1, _ = run(2, loss_of_shard, Case([(3, 2), (0, 2)]))[1]
+    assert loss == 0
+    assert g1.shape == (0, 2, 5)
+
+
+# As in training -------------------------------------------------------------------------------------------------
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.Linear(6, 4, bias=False)]
+    return torch.nn.Sequential(*layers).double()
+
+
+def train_with_ddp(here: Here, case: Case) -> tuple[Tensor, list[Tensor]]:
+    """Parameter gradients under DDP as everyone uses it, beside another loss and under a gradient scaler's factor."""
+    parallel = DistributedDataParallel(model(), process_group=here.group)
+    z1, z2 = (parallel(z.detach()) for z in case.shards()[here.rank])
+    loss = losses.patch_ntxent(z1, z2, group=here.group)
+    (loss * 0.5 * 1024 + 0.1 * z1.sum()).backward()
+    return loss.detach(), [parameter.grad for parameter in parallel.parameters()]
+
+
+@pytest.mark.parametrize("counts", [[(2, 3), (3, 2)], [(4, 2), (0, 3)], [(1, 3), (0, 1), (5, 2), (2, 4)]])
+def test_ddp_equals_one_process(counts, run):
+    case = Case(counts)
+    world = len(counts)
+    whole = model()
+    tokens = [[whole(image.detach()) for shard in case.shards() for image in shard[view]] for view in (0, 1)]
+    loss = dense_ntxent(*tokens)
+    (loss * 0.5 * 1024 + 0.1 * torch.cat(tokens[0]).sum() / world).backward()
+    answers = run(world, train_with_ddp, case)
+    assert sum(answer[0] for answer in answers).item() / world == pytest.approx(loss.item(), rel=1e-10)
+    for _, grads in answers:
+        torch.testing.assert_close(grads, [p.grad for p in whole.parameters()], rtol=1e-10, atol=1e-10)
+
+
+def precisions(here: Here, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    z1, z2 = (z.detach().to(dtype).requires_grad_() for z in Case([(2, 3), (3, 2)]).shards()[here.rank])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = losses.patch_ntxent(z1, z2, group=here.group)
+    loss.backward()
+    return loss.detach(), z1.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision(dtype, run):
+    expected, grads = loss_of_all(Case([(2, 3), (3, 2)]))
+    answers = run(2, precisions, dtype)
+    assert sum(loss for loss, _ in answers).item() / 2 == pytest.approx(expected.item(), rel=1e-2)
+    for (loss, grad), (wanted, _) in zip(answers, grads, strict=True):
+        assert loss.dtype == torch.float32
+        assert grad.dtype == dtype
+        assert (grad.double() / 2 - wanted).abs().max() < 3e-2 * wanted.abs().max()
+
+
+def diagnose(here: Here, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    z1, z2 = case.shards()[here.rank]
+    with torch.no_grad():
+        return tuple(losses.contrast(z1, z2, 0.3, case.symmetric, 7, here.group))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_diagnostics_count_the_candidates_of_all_ranks(symmetric, run):
+    case = Case([(2, 3), (0, 2), (3, 2), (1, 4)], symmetric=symmetric, width=3)
+    total = 2 * 3 + 3 * 2 + 1 * 4
+    chance = sum(
+        images * tokens * torch.tensor(1.0 + 2 * (total - tokens)).log().item() for images, tokens in case.counts
+    )
+    x1, x2 = ([torch.nn.functional.normalize(z[view], dim=-1) for z in case.shards()] for view in (0, 1))
+    images1, images2 = ([image for shard in x for image in shard] for x in (x1, x2))
+    first = 0
+    for rank, (loss, level, accuracy) in enumerate(run(4, diagnose, case)):
+        assert not loss.requires_grad
+        assert level.item() == pytest.approx(chance / total)
+        hits = []
+        for i in range(len(x1[rank])):
+            others = torch.cat([z for m, z in enumerate(images1) if m != first + i])
+            others = torch.cat([others, *[z for m, z in enumerate(images2) if m != first + i]])
+            hits += [(a @ p > (others @ a).max()).double() for a, p in zip(x1[rank][i], x2[rank][i], strict=True)]
+        assert accuracy.isnan() if not hits else accuracy.item() == pytest.approx(sum(hits).item() / len(hits))
+        first += len(x1[rank])
+
+
+# Disagreement: an error on every rank, and no rank that waits ---------------------------------------------------
+
+
+def disagree(here: Here, changes: dict[str, Any]) -> float:
+    """All ranks alike but rank 1, whose call is changed."""
+    mine = changes if here.rank == 1 else {}
+    z1 = torch.ones(mine.get("shape", (2, 3, 4)), dtype=mine.get("dtype", torch.float32))
+    z1 = (z1 * mine.get("times", 1)).requires_grad_(mine.get("requires_grad", True))
+    options = {"temperature": 0.3, "symmetric": True, **mine.get("options", {})}
+    return losses.patch_ntxent(z1, mine.get("z2", z1), **options, group=here.group).item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (2, 3, 5)}, "feature dimension 4 on rank 0, 5 on rank 1\n  expected: the same on every rank"),
+        ({"shape": (0, 3, 5)}, "remedy:   SERLoss(dim, projection_dim=512)"),
+        ({"dtype": torch.float64}, "bits per number 32 on rank 0, 64 on rank 1"),
+        ({"options": {"temperature": 0.5}}, "temperature 0.3 on rank 0, 0.5 on rank 1"),
+        ({"options": {"symmetric": False}}, "symmetric 1 on rank 0, 0 on rank 1"),
+        ({"requires_grad": False}, "requires_grad 1 on rank 0, 0 on rank 1"),
+        ({"options": {"temperature": -1.0}}, "on rank 1\n  given:    temperature=-1.0"),
+        ({"shape": (3, 4)}, "on rank 1\n  given:    z1 (3, 4) torch.float32 on cpu"),
+        ({"shape": (2, 0, 4)}, "on rank 1\n  given:    z1 (2, 0, 4)"),
+        ({"z2": torch.ones(2, 4, 4)}, "on rank 1\n  given:    z1 (2, 3, 4) torch.float32 on cpu, z2 (2, 4, 4)"),
+        ({"times": float("nan")}, "on rank 1\n  given:    z1 with 6 of 6 tokens not finite"),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_disagree_all_raise_within_seconds(size, changes, message, run):
+    start = time.monotonic()
+    answers = run(size, disagree, changes)
+    assert time.monotonic() - start < 5
+    for answer in answers:
+        assert isinstance(answer, SERError)
+        assert message in str(answer)
+    assert all(isinstance(answer, float) for answer in run(size, disagree, {}))  # and the group goes on
+
+
+@pytest.mark.parametrize("counts", [[(1, 3), (0, 3)], [(0, 3), (0, 3)]])
+def test_fewer_than_two_images_over_all_ranks(counts, run):
+    for answer in run(2, loss_of_shard, Case(counts)):
+        assert isinstance(answer, SERError)
+        assert f"{counts[0][0]} images in 2 processes" in str(answer)
+
+
+def outsider(here: Here) -> float:
+    group = dist.new_group([0])
+    return disagree(Here(here.rank, group), {})
+
+
+def test_a_process_outside_the_group(run):
+    inside, *outside = run(4, outsider)
+    assert isinstance(inside, float)
+    assert all("expected: a group that this process belongs to" in str(error) for error in outside)
+
+
+def test_without_processes_there_is_one():
+    assert place() == (0, 1)
+
+
+# The gather -----------------------------------------------------------------------------------------------------
+
+
+def gather_uneven(here: Here, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
+    x = torch.full((lengths[here.rank], 2), float(here.rank), dtype=torch.float64, requires_grad=True)
+    shards = gather(x, lengths, here.group)
+    sum(((here.rank + 1) * 10.0**owner * shard).sum() for owner, shard in enumerate(shards)).backward()
+    return [shard.detach() for shard in shards], x.grad
+
+
+@pytest.mark.parametrize("lengths", [[3, 1], [0, 2], [2, 0, 5, 1], [1, 1, 1, 1]])
+def test_gather_keeps_the_order_and_sums_gradients_over_ranks(lengths, run):
+    world = len(lengths)
+    for rank, (shards, grad) in enumerate(run(world, gather_uneven, lengths)):
+        for owner, shard in enumerate(shards):
+            assert torch.equal(shard, torch.full((lengths[owner], 2), float(owner), dtype=torch.float64))
+        assert torch.equal(grad, torch.full_like(shards[rank], world * (world + 1) / 2 * 10.0**rank))
+
+
+# Could these tests fail? ----------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "no_grad on the gather": (
+        "distributed.py",
+        "    shards: tuple[",
+        "    with torch.no_grad():\n        shards: tuple[",
+    ),
+    "rank weight dropped": ("losses.py", "weight = world * anchors[rank] / sum(anchors)", "weight = 1.0"),
+    "identities shifted by one": ("losses.py", "owner != rank", "owner != (rank + 1) % world"),
+    "one kind of negative forgotten": ("losses.py", "torch.cat([shard for", "torch.cat([shard[: len(shard) // 2] for"),
+    "gradients not summed": ("distributed.py", "mine[: ctx.lengths", "grads[dist.get_rank(ctx.group)][: ctx.lengths"),
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_the_comparison_with_one_process_finds_mutants(mutant, symmetric, run, tmp_path):
+    name = f"ser_reg_mutant_{abs(hash((mutant, symmetric)))}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    changed, old, new = MUTANTS[mutant] if mutant else ("", "", "")
+    for file in ("errors.py", "distributed.py", "losses.py"):
+        source = (Path(losses.__file__).parent / file).read_text()
+        if file == changed:
+            assert source.count(old) == 1
+            source = source.replace(old, new)
+        (tmp_path / name / file).write_text(source)
+    case = Case([(2, 3), (1, 2), (3, 2), (1, 4)], symmetric=symmetric)
+    answers = run(4, loss_of_shard, case, f"{name}.losses", str(tmp_path))
+    assert agrees(answers, case) == (mutant is None)

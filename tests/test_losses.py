@@ -1,0 +1,472 @@
+"""The streaming loss against the formula: values, gradients, symmetries, precision, memory, messages."""
+
+import importlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from literal import dense_ntxent, literal_ntxent, released_ntxent
+from torch import Tensor
+
+from ser_reg import losses
+from ser_reg.errors import SERError
+from ser_reg.losses import contrast, patch_ntxent
+
+TEMPERATURES = [0.01, 0.07, 0.3, 1.0]
+SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False])
+
+
+def pair(images: int, tokens: int, width: int, seed: int = 0, noise: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Two views in float64 whose tokens resemble each other, lengths far from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    z1, other = torch.randn(2, images, tokens, width, generator=generator, dtype=torch.float64)
+    return (3 * z1).requires_grad_(), (0.1 * (z1 + noise * other)).requires_grad_()
+
+
+def value_and_gradients(loss: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
+    return loss, *torch.autograd.grad(loss, (z1, z2))
+
+
+def close(left: tuple[Tensor, ...], right: tuple[Tensor, ...], tolerance: float = 1e-9) -> bool:
+    return all(
+        torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=tolerance) for a, b in zip(left, right, strict=True)
+    )
+
+
+# Against the formula --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    images=st.integers(2, 4),
+    tokens=st.integers(1, 4),
+    width=st.integers(1, 6),
+    chunk_size=st.none() | st.integers(1, 12),
+    temperature=st.sampled_from([0.001, *TEMPERATURES]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_formula_read_literally(images, tokens, width, chunk_size, temperature, symmetric, seed):
+    z1, z2 = pair(images, tokens, width, seed)
+    expected = value_and_gradients(literal_ntxent(z1, z2, temperature, symmetric), z1, z2)
+    loss = patch_ntxent(z1, z2, temperature, symmetric, chunk_size)
+    assert close(value_and_gradients(loss, z1, z2), expected)
+    assert close((loss,), (dense_ntxent(z1, z2, temperature, symmetric),))
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("chunk_size", [1, 7, 40, 64, 10_000, None])
+@pytest.mark.parametrize(("images", "tokens"), [(2, 37), (7, 11), (33, 2)])
+def test_tiles_never_touch_the_result(images, tokens, chunk_size, symmetric):
+    z1, z2 = pair(images, tokens, 24)
+    for temperature in (0.002, 0.3):
+        expected = value_and_gradients(dense_ntxent(z1, z2, temperature, symmetric), z1, z2)
+        loss = patch_ntxent(z1, z2, temperature, symmetric, chunk_size)
+        assert close(value_and_gradients(loss, z1, z2), expected)
+        with torch.no_grad():
+            assert torch.equal(patch_ntxent(z1, z2, temperature, symmetric, chunk_size), loss)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", [0.3, 0.001])
+def test_gradcheck(symmetric, temperature):
+    z1, z2 = pair(3, 2, 4)
+    assert torch.autograd.gradcheck(lambda a, b: patch_ntxent(a, b, max(temperature, 0.05), symmetric, 4), (z1, z2))
+
+
+def test_symmetric_is_the_mean_of_both_directions():
+    z1, z2 = pair(3, 5, 8)
+    one, other = patch_ntxent(z1, z2, symmetric=False), patch_ntxent(z2, z1, symmetric=False)
+    assert one.item() != pytest.approx(other.item(), rel=1e-3)
+    assert patch_ntxent(z1, z2).item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-12)
+
+
+# Laws -----------------------------------------------------------------------------------------------------------
+
+
+@SYMMETRIC
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_order_of_images_and_tokens_is_irrelevant(symmetric, seed):
+    z1, z2 = pair(5, 7, 6, seed)
+    generator = torch.Generator().manual_seed(seed)
+    images, tokens = torch.randperm(5, generator=generator), torch.randperm(7, generator=generator)
+    expected = value_and_gradients(patch_ntxent(z1, z2, 0.3, symmetric), z1, z2)
+    shuffled = patch_ntxent(z1[images][:, tokens], z2[images][:, tokens], 0.3, symmetric)
+    assert close(value_and_gradients(shuffled, z1, z2), expected, 1e-12)
+
+
+@SYMMETRIC
+def test_lengths_of_tokens_are_irrelevant(symmetric):
+    z1, z2 = pair(3, 4, 6)
+    length = torch.rand(3, 4, 1, dtype=torch.float64) * 1e6 + 1e-6
+    assert close((patch_ntxent(z1 * length, z2, 0.3, symmetric),), (patch_ntxent(z1, z2, 0.3, symmetric),))
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_aligned_pairs_give_less_loss_than_shuffled_ones(symmetric, temperature):
+    z1, z2 = pair(4, 9, 16)
+    aligned = patch_ntxent(z1, z2, temperature, symmetric)
+    assert aligned < patch_ntxent(z1, z2.roll(1, dims=1), temperature, symmetric)
+    assert aligned < patch_ntxent(z1, z2.roll(1, dims=0), temperature, symmetric)
+
+
+@SYMMETRIC
+def test_tokens_of_the_own_image_are_no_negatives(symmetric):
+    z1, z2 = pair(2, 3, 8)
+    twin = z1.detach().clone()
+    twin[0, 1] = twin[0, 0]  # a second token of image 0 that equals the first one: no anchor of image 0 minds
+    changed = z2.detach().clone()
+    changed[0, 1] = changed[0, 0]
+    anchor = slice(0, 1)
+    alone = patch_ntxent(torch.cat([z1[:1, anchor], z1[1:, anchor]]), torch.cat([z2[:1, anchor], z2[1:, anchor]]))
+    assert torch.isfinite(patch_ntxent(twin, changed, 0.3, symmetric))
+    assert close((alone,), (literal_ntxent(z1[:, anchor], z2[:, anchor]),))
+
+
+def test_an_image_that_occurs_twice_leaves_the_loss_sane():
+    z1, z2 = pair(3, 4, 8)
+    doubled = patch_ntxent(torch.cat([z1, z1[:1]]), torch.cat([z2, z2[:1]]), 0.07)
+    assert patch_ntxent(z1, z2, 0.07) < doubled < 10
+
+
+@SYMMETRIC
+def test_indistinct_features_are_at_chance(symmetric):
+    z = torch.ones(4, 5, 8, dtype=torch.float64)
+    loss, chance, accuracy = contrast(z, z, 0.3, symmetric, None, None)
+    assert loss.item() == pytest.approx(math.log(1 + 2 * 3 * 5))
+    assert chance.item() == pytest.approx(math.log(1 + 2 * 3 * 5))
+    assert accuracy.item() == 0 or accuracy.item() == 1  # all candidates tie, but for rounding
+
+
+# As a part of training ------------------------------------------------------------------------------------------
+
+
+def test_composes_with_other_losses_and_scales():
+    z1, z2 = pair(3, 4, 8)
+    _, *expected = value_and_gradients(dense_ntxent(z1, z2) * 0.5 * 65536 + z1.square().sum(), z1, z2)
+    _, *given = value_and_gradients(patch_ntxent(z1, z2) * 0.5 * 65536 + z1.square().sum() + 0 * z2.sum(), z1, z2)
+    assert close(tuple(given), tuple(expected))
+
+
+def test_backward_twice_through_a_retained_graph():
+    z1, z2 = pair(3, 4, 8)
+    loss = patch_ntxent(z1, z2)
+    first = torch.autograd.grad(loss, (z1, z2), retain_graph=True)
+    assert close(first, torch.autograd.grad(loss, (z1, z2)))
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_without_gradient_gets_none(symmetric, side):
+    views = list(pair(3, 4, 8))
+    _, *expected = value_and_gradients(dense_ntxent(*views, 0.3, symmetric), *views)
+    views[side] = views[side].detach()  # a momentum teacher
+    (grad,) = torch.autograd.grad(patch_ntxent(*views, 0.3, symmetric), views[1 - side])
+    assert close((grad,), (expected[1 - side],))
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    z1, z2 = pair(3, 4, 8)
+    loss = torch.utils.checkpoint.checkpoint(patch_ntxent, z1, z2, use_reentrant=False)
+    assert close(value_and_gradients(loss, z1, z2), value_and_gradients(patch_ntxent(z1, z2), z1, z2))
+
+
+def test_non_contiguous_input():
+    z1, z2 = pair(3, 4, 8)
+    turned = [z.mT.contiguous().mT for z in (z1, z2)]
+    assert not turned[0].is_contiguous()
+    assert close(value_and_gradients(patch_ntxent(*turned), z1, z2), value_and_gradients(patch_ntxent(z1, z2), z1, z2))
+
+
+def test_second_derivatives_raise_instead_of_being_wrong():
+    z1, z2 = pair(3, 4, 8)
+    with pytest.raises(SERError, match="create_graph=False"):
+        torch.autograd.grad(patch_ntxent(z1, z2), z1, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph_and_stops_recompiling(backend):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(lambda a, b: patch_ntxent(a, b, 0.3), fullgraph=True, backend=count)
+    for images, tokens in ((3, 4), (5, 6), (7, 2), (2, 9), (4, 11)):
+        z1, z2 = (z.detach().requires_grad_() for z in pair(images, tokens, 8))
+        given, expected = compiled(z1, z2), patch_ntxent(z1, z2, 0.3)
+        assert close(value_and_gradients(given, z1, z2), value_and_gradients(expected, z1, z2), 1e-12)
+    assert len(graphs) <= 2  # the first shape, and one for all others
+
+
+# Precision ------------------------------------------------------------------------------------------------------
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_is_computed_in_float32(dtype, temperature, symmetric):
+    z1, z2 = (z.detach().to(dtype).requires_grad_() for z in pair(4, 6, 16, noise=2.0))
+    exact = [z.detach().double().requires_grad_() for z in (z1, z2)]
+    loss = patch_ntxent(z1, z2, temperature, symmetric)
+    assert loss.dtype == torch.float32
+    expected = value_and_gradients(dense_ntxent(*exact, temperature, symmetric), *exact)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5, abs=1e-6 / temperature)
+    for z, wanted in zip((z1, z2), expected[1:], strict=True):
+        (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+        assert grad.dtype == dtype
+        error = (grad.double() - wanted).abs().max() / wanted.abs().max()
+        assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-4}[dtype]
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_finite_and_exact_where_every_exponential_would_vanish(temperature, symmetric):
+    # Positives point the other way and so does everything else but one token: logits span 2 / temperature.
+    z1 = torch.tensor([[[1.0, 0.0]], [[-1.0, 1e-3]]], requires_grad=True)
+    z2 = torch.tensor([[[-1.0, 0.0]], [[1.0, 1e-3]]], requires_grad=True)
+    loss = patch_ntxent(z1, z2, temperature, symmetric)
+    expected = value_and_gradients(dense_ntxent(z1.double(), z2.double(), temperature, symmetric), z1, z2)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert loss > 1.99 / temperature
+    assert close(value_and_gradients(loss, z1, z2), expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    z1, z2 = (z.detach().float().requires_grad_() for z in pair(4, 6, 16))
+    expected = (*value_and_gradients(patch_ntxent(z1, z2, 0.07), z1, z2), *contrast(z1, z2, 0.07, True, None, None))
+    with torch.autocast("cpu", dtype=dtype):
+        given = (*value_and_gradients(patch_ntxent(z1, z2, 0.07), z1, z2), *contrast(z1, z2, 0.07, True, None, None))
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def test_a_gradient_scaler_saves_small_gradients_from_half_precision():
+    z1, z2 = (z.detach().mul(5e3).half().requires_grad_() for z in pair(12, 20, 16))
+    exact = z1.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(dense_ntxent(exact, z2.double()), exact)
+    assert wanted.abs().median() < 2**-25  # rounds to 0 in half precision
+    (grad,) = torch.autograd.grad(patch_ntxent(z1, z2) * 2.0**16, z1)
+    assert (grad.double() / 2.0**16 - wanted).abs().max() < 1e-2 * wanted.abs().max()
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_zero_vectors_have_no_direction(temperature, symmetric):
+    z1, z2 = (z.detach().float().clone() for z in pair(3, 4, 8))
+    z1[0, 1], z2[2, 3], z2[0, 1] = 0, 0, 0
+    z1.requires_grad_(), z2.requires_grad_()
+    loss, g1, g2 = value_and_gradients(patch_ntxent(z1, z2, temperature, symmetric), z1, z2)
+    assert loss.item() == pytest.approx(dense_ntxent(z1.double(), z2.double(), temperature, symmetric).item(), rel=1e-5)
+    assert g1.isfinite().all()
+    assert g2.isfinite().all()
+    assert not g1[0, 1].any()
+    assert not g2[2, 3].any()
+    assert g2[0, 0].any()
+
+
+def test_nothing_but_zeros_is_at_chance():
+    z = torch.zeros(3, 4, 8, requires_grad=True)
+    loss, grad, _ = value_and_gradients(patch_ntxent(z, z), z, z)
+    assert loss.item() == pytest.approx(math.log(17))
+    assert not grad.any()
+
+
+# What is not finite ---------------------------------------------------------------------------------------------
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_never_a_number_from_features_that_are_none(side, bad, temperature, symmetric, monkeypatch):
+    views = [z.detach().float() for z in pair(4, 5, 8)]
+    views[side][1, 2, 3] = bad
+    with pytest.raises(SERError, match=f"z{side + 1} with 1 of 20 tokens not finite"):
+        patch_ntxent(*views, temperature, symmetric)
+    # Where looking would cost a synchronisation, the loss itself has to say so.
+    monkeypatch.setattr(losses, "_complaint", lambda *_: None)
+    assert patch_ntxent(*views, temperature, symmetric).isnan()
+    assert patch_ntxent(*(z.half() for z in views), temperature, symmetric).isnan()
+
+
+def test_features_too_long_to_be_measured_give_nan_and_large_ones_do_not():
+    z1, z2 = (z.detach().float() for z in pair(3, 4, 8))
+    assert patch_ntxent(z1 * 1e30, z2).isnan()
+    assert patch_ntxent(z1 * 1e15, z2).item() == pytest.approx(patch_ntxent(z1, z2).item(), rel=1e-5)
+
+
+# Diagnostics ----------------------------------------------------------------------------------------------------
+
+
+@SYMMETRIC
+@pytest.mark.parametrize(("images", "tokens"), [(2, 1), (3, 7), (40, 51)])
+def test_diagnostics(images, tokens, symmetric):
+    z1, z2 = pair(images, tokens, 6, noise=1.0)
+    loss, chance, accuracy = contrast(z1, z2, 0.3, symmetric, 16, None)
+    assert torch.equal(loss, patch_ntxent(z1, z2, 0.3, symmetric, 16))
+    assert loss.requires_grad
+    assert not chance.requires_grad
+    assert not accuracy.requires_grad
+    assert chance.item() == pytest.approx(math.log(1 + 2 * (images - 1) * tokens))
+
+    x1, x2 = (torch.nn.functional.normalize(z.flatten(0, 1), dim=-1) for z in (z1, z2))
+    image = torch.arange(images).repeat_interleave(tokens)
+    negatives = torch.cat([(x1 @ x.mT).masked_fill(image[:, None] == image, -2) for x in (x1, x2)], 1)
+    hits = ((x1 * x2).sum(1) > negatives.amax(1)).double()
+    probed = min(1024, len(hits))  # evenly spaced
+    expected = hits[[i * len(hits) // probed for i in range(probed)]].mean()
+    assert accuracy.item() == pytest.approx(expected.item())
+
+
+# Messages -------------------------------------------------------------------------------------------------------
+
+Z = torch.randn(3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("z1", "z2", "options", "message"),
+    [
+        (Z, Z, {"temperature": 0.0}, "temperature=0.0\n  expected: a finite temperature above 0"),
+        (Z, Z, {"temperature": 0.0}, "remedy:   temperature=0.3"),
+        (Z, Z, {"temperature": -1.0}, "given:    temperature=-1.0"),
+        (Z, Z, {"temperature": math.nan}, "given:    temperature=nan"),
+        (Z, Z, {"temperature": math.inf}, "given:    temperature=inf"),
+        (Z, Z, {"temperature": torch.tensor(0.3)}, "a finite temperature above 0"),
+        (Z, Z, {"chunk_size": 0}, "given:    chunk_size=0\n  expected: a tile of at least 1 token"),
+        (Z[0], Z[0], {}, "z1 (4, 8) torch.float32 on cpu, z2 (4, 8) torch.float32 on cpu"),
+        (Z[0], Z[0], {}, "expected: token lists (B, N, D)"),
+        (Z, Z[None], {}, "remedy:   z1.flatten(2).mT, z2.flatten(2).mT"),
+        (Z, Z[:, :3], {}, "expected: equal shapes\n  remedy:   act(g, z1)"),
+        (Z, Z.double(), {}, "z2 (3, 4, 8) torch.float64 on cpu\n  expected: one floating point dtype"),
+        (Z.long(), Z.long(), {}, "remedy:   z1.float(), z2.float()"),
+        (Z, Z.to("meta"), {}, "float32 on meta\n  expected: one device\n  remedy:   z1.to(z2.device)"),
+        (Z[:1], Z[:1], {}, "z1 (1, 4, 8), 1 images in 1 processes\n  expected: 2 images or more"),
+        (Z[:0], Z[:0], {}, "remedy:   partition_size(batch_size, ratio, world_size)"),
+        (Z[:, :0], Z[:, :0], {}, "z1 (3, 0, 8)"),
+        (Z / 0, Z, {}, "given:    z1 with 12 of 12 tokens not finite\n  expected: finite features"),
+        (Z, Z / 0, {}, "given:    z2 with 12 of 12 tokens not finite"),
+    ],
+)
+def test_errors_say_what_to_type(z1, z2, options, message):
+    for call in (patch_ntxent, contrast):
+        arguments = {"temperature": 0.3, "symmetric": True, "chunk_size": None, "group": None, **options}
+        with pytest.raises(SERError, match=re.escape(message)) as caught:
+            call(z1, z2, **arguments)
+        assert str(caught.value).startswith("patch_ntxent(z1, z2, temperature=")
+
+
+# Could these tests fail? ----------------------------------------------------------------------------------------
+
+FIRST_SWEEP = "in _tiles(0, images, span, side):\n        tile = _matrix(buffer, rows, keys)\n"
+MUTANTS = {
+    "keys of a tile are no anchors": ("negatives[keys] = negatives[keys].logaddexp(by_key)", "pass"),
+    "no negatives from the same view": (FIRST_SWEEP, FIRST_SWEEP.replace("_tiles(0, images, span, side)", "()")),
+    "no negatives from the other view": ("in _bands(images, span, height, own_in_far) if len(far) else ():", "in ():"),
+    "own image shifted by one": ("yield rows, own", "yield rows, slice(max(0, own.start - span), own.stop - span)"),
+    "own image among the negatives": ("yield rows, own", "yield rows, slice(0, 0)"),
+    "positives give no gradient": ("g1.addcmul_(pull, x2)", "pass"),
+    "pairs of neighbours are left out": ("if last - first > 1:", "if last - first > 2:"),
+    "lengths of tokens matter": ("length.masked_fill(length < _SHORTEST, math.inf)", "1.0"),
+}
+
+
+@pytest.fixture
+def mutate(tmp_path, monkeypatch):
+    """Copies the package with one text replaced, and imports its losses."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def build(name: str, file: str, old: str, new: str):
+        folder = tmp_path / name
+        shutil.copytree(Path(losses.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "__init__.py").write_text("")
+        source = (folder / file).read_text()
+        assert old in source
+        (folder / file).write_text(source.replace(old, new, 1))
+        return importlib.import_module(f"{name}.losses")
+
+    return build
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_the_comparison_with_the_formula_finds_mutants(mutant, mutate):
+    old, new = MUTANTS[mutant] if mutant else ("", "")
+    index = list(MUTANTS).index(mutant) if mutant else "none"
+    mutated = mutate(f"ser_reg_mutant_{index}", "losses.py", old, new)
+    agrees = []
+    for symmetric in (True, False):
+        z1, z2 = pair(4, 3, 6)
+        expected = value_and_gradients(literal_ntxent(z1, z2, 0.3, symmetric), z1, z2)
+        given = value_and_gradients(mutated.patch_ntxent(z1, z2, 0.3, symmetric, 5), z1, z2)
+        agrees.append(close(given, expected))
+    assert all(agrees) == (mutant is None)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+import torch
+from literal import released_ntxent
+from ser_reg.losses import patch_ntxent
+
+def step(images, tokens):
+    z1, z2 = (torch.randn(images, tokens, 128, requires_grad=True) for _ in range(2))
+    loss = patch_ntxent(z1, z2, chunk_size=512) if sys.argv[1] == "streaming" else released_ntxent(z1, z2)
+    loss.backward()
+
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+torch.set_num_threads(1)
+step(2, 8)  # libraries and their workspaces are not what is measured
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = resident("VmRSS")
+step(int(sys.argv[2]), int(sys.argv[3]))
+print(resident("VmHWM") - before)
+"""
+
+
+def peak(form: str, images: int, tokens: int) -> int:
+    """KiB that forward and backward take beyond an idle process, inputs and gradients included."""
+    paths = [str(Path(losses.__file__).parents[1]), str(Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}\n{PEAK}"
+    command = [sys.executable, "-c", code, form, str(images), str(tokens)]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+measures_memory = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+
+
+@pytest.mark.slow
+@measures_memory
+@pytest.mark.parametrize(("small", "large"), [((16, 196), (64, 196)), ((4, 512), (4, 2048))])
+def test_memory_grows_like_the_tokens(small, large):
+    assert peak("streaming", *large) <= 5 * peak("streaming", *small)
+
+
+@pytest.mark.slow
+@measures_memory
+def test_memory_of_the_released_form_grows_like_their_square():
+    released = peak("released", 16, 196)
+    assert released >= 10 * peak("released", 4, 196)
+    assert peak("streaming", 16, 196) <= 0.15 * released
+
+
+def test_released_form_retold_equals_the_formula():
+    z1, z2 = pair(3, 4, 8)
+    for symmetric in (True, False):
+        released = value_and_gradients(released_ntxent(z1, z2, 0.3, symmetric), z1, z2)
+        assert close(released, value_and_gradients(literal_ntxent(z1, z2, 0.3, symmetric), z1, z2))

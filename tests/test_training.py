@@ -1,0 +1,244 @@
+"""However people train, the gradients are those of one eager process."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from processes import Here
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ser_reg import EquivariantViews, SERLoss, TokenTap, act, late_cls, patch_ntxent, patch_tokens
+
+LAYER, DEPTH, DIM, PATCH = 2, 3, 32, 4
+LAMBDA = 0.5
+IMAGES = 8
+
+
+class Model(nn.Module):
+    """Encoder and term in one module, as a wrapper likes it; the SSL loss is a stand-in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = late_cls(
+            timm.models.VisionTransformer(
+                img_size=24, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=2, num_classes=0,
+                dynamic_img_size=True,
+            ),
+            LAYER,
+        )  # fmt: skip
+        self.ser = SERLoss(DIM, projection_dim=48)
+
+    def forward(self, x1: Tensor, x2: Tensor, relative, group=None) -> Tensor:
+        maps, embeddings = [], []
+        with TokenTap(self.vit, LAYER) as tap:
+            for x in (x1, x2):
+                embeddings.append(self.vit(x))
+                maps.append(tap.tokens)
+        return ssl(*embeddings) + LAMBDA * self.ser(*maps, relative, group).loss
+
+
+def ssl(e1: Tensor, e2: Tensor) -> Tensor:
+    """A mean over images, so that DDP's mean over equal shards is that of the batch."""
+    return (e1 - e2.roll(1, 1)).square().sum(1).mean()
+
+
+def batch(start: int = 0, stop: int = IMAGES):
+    """Images start to stop of one fixed batch and its views."""
+    images = torch.rand(IMAGES, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    x1, x2, g1, g2 = EquivariantViews(PATCH)(images, torch.Generator().manual_seed(2))
+    part = slice(start, stop)
+    return x1[part], x2[part], (g2 @ ~g1)[part]
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        for name, p in module.named_parameters()
+        if p.grad is not None
+    }
+
+
+@pytest.fixture(scope="module")
+def eager() -> dict[str, Tensor]:
+    model = Model()
+    model(*batch()).backward()
+    return gradients(model)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < tolerance, f"{name}: off by {error:.1e} of its norm"
+
+
+# One process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(eager, reentrant):
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(reentrant)
+    try:
+        model = Model()
+        model.vit.set_grad_checkpointing(True)
+        model(*batch()).backward()
+    finally:
+        timm.layers.set_reentrant_ckpt(before)
+    assert_same(gradients(model), eager)
+
+
+def test_two_extra_forwards_instead_of_the_tap(eager):
+    model = Model()
+    x1, x2, relative = batch()
+    z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in (x1, x2))
+    (ssl(model.vit(x1), model.vit(x2)) + LAMBDA * model.ser(z1, z2, relative).loss).backward()
+    assert_same(gradients(model), eager)
+
+
+def test_ema_teacher_on_one_side():
+    """Tokens of a teacher serve as targets: its weights get no gradient, the online side that of fixed targets."""
+    model = Model()
+    teacher = copy.deepcopy(model.vit).requires_grad_(False)
+    x1, x2, relative = batch()
+    online, target = patch_tokens(model.vit, x1, LAYER), patch_tokens(teacher, x2, LAYER)
+    assert not target.requires_grad
+    model.ser(online, target, relative).loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    model.ser(patch_tokens(model.vit, x1, LAYER), patch_tokens(model.vit, x2, LAYER).detach(), relative).loss.backward()
+    assert_same(found, gradients(model))
+    assert found["vit.blocks.0.attn.qkv.weight"].abs().max() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_gradient_accumulation_averages_micro_batches():
+    """Not a bigger batch: the negatives of a micro-batch are its own."""
+    model, parts = Model(), [batch(0, 4), batch(4, 8)]
+    for part in parts:
+        (model(*part) / len(parts)).backward()
+    accumulated = gradients(model)
+    model.zero_grad()
+    (sum(model(*part) for part in parts) / len(parts)).backward()
+    assert_same(accumulated, gradients(model))
+
+
+# Compiled -------------------------------------------------------------------------------------------------------
+
+
+def compiled(function, backend: str):
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_loss(backend):
+    torch._dynamo.reset()
+    z1, z2 = torch.randn(2, 3, 20, 16, requires_grad=True)
+    for function in (lambda a, b: patch_ntxent(a, b), lambda a, b: patch_ntxent(a, b, symmetric=False)):
+        loss, expected = compiled(function, backend)(z1, z2), function(z1, z2)
+        torch.testing.assert_close(loss, expected)
+        found, wanted = (torch.autograd.grad(x, (z1, z2)) for x in (loss, expected))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_step(eager, backend):
+    """Action, term and the late-[CLS] forward, each as one graph."""
+    torch._dynamo.reset()
+    model = Model()
+    x1, x2, relative = batch()
+    tokens = compiled(lambda x: patch_tokens(model.vit, x, LAYER), backend)
+    forward, term = compiled(model.vit.forward, backend), compiled(lambda *a: model.ser(*a).loss, backend)
+    loss = ssl(forward(x1), forward(x2)) + LAMBDA * term(tokens(x1), tokens(x2), relative)
+    loss.backward()
+    assert_same(gradients(model), eager, 1e-4)
+
+
+def test_recompilation_ends():
+    """One graph a pair of grids and parity of turns, however many batches are drawn."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    acted = torch.compile(act, fullgraph=True, dynamic=False, backend=counter)
+    views = EquivariantViews(PATCH, scale=(0.9, 1.1), ratio=(1, 1))
+    kinds = set()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for seed in range(60):
+            pair = views(torch.rand(2, 1, 16, 16), torch.Generator().manual_seed(seed))
+            z = torch.randn(2, 8, *(side // PATCH for side in pair.x1.shape[-2:]))
+            assert acted(pair.relative, z).shape[-2:] == tuple(side // PATCH for side in pair.x2.shape[-2:])
+            kinds.add((tuple(z.shape), pair.relative.kinds))
+    assert counter.frame_count == len(kinds) <= 10
+
+
+# Several processes ----------------------------------------------------------------------------------------------
+
+
+def share(here: Here, world: int) -> tuple[int, int]:
+    return here.rank * IMAGES // world, (here.rank + 1) * IMAGES // world
+
+
+def with_ddp(here: Here, world: int, outside: bool) -> dict[str, Tensor]:
+    """Term inside the wrapped module, or, with its own wrapper, beside the DDP forward as in the README's loop."""
+    model = Model()
+    x1, x2, relative = batch(*share(here, world))
+    if not outside:
+        wrapped = DistributedDataParallel(model, process_group=here.group)
+        wrapped(x1, x2, relative, here.group).backward()
+        return gradients(wrapped)
+    vit = DistributedDataParallel(model.vit, process_group=here.group)
+    ser = DistributedDataParallel(model.ser, process_group=here.group)
+    embeddings = vit(x1), vit(x2)
+    z1, z2 = (patch_tokens(vit.module, x, LAYER) for x in (x1, x2))
+    (ssl(*embeddings) + LAMBDA * ser(z1, z2, relative, here.group).loss).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ddp(run, eager, world, outside):
+    for found in run(world, with_ddp, world, outside):
+        assert not isinstance(found, Exception), found
+        assert_same(found, eager, 1e-4)
+
+
+def with_accumulation(here: Here) -> dict[str, Tensor]:
+    """Two micro-batches, the first without synchronisation."""
+    wrapped = DistributedDataParallel(Model(), process_group=here.group)
+    parts = [batch(4 * micro + 2 * here.rank, 4 * micro + 2 * here.rank + 2) for micro in (0, 1)]
+    with wrapped.no_sync():
+        (wrapped(*parts[0], here.group) / 2).backward()
+    (wrapped(*parts[1], here.group) / 2).backward()
+    return gradients(wrapped)
+
+
+def test_gradient_accumulation_under_ddp(run):
+    model = Model()
+    ((model(*batch(0, 4)) + model(*batch(4, 8))) / 2).backward()
+    for found in run(2, with_accumulation):
+        assert not isinstance(found, Exception), found
+        assert_same(found, gradients(model), 1e-4)
+
+
+def with_fsdp(here: Here) -> dict[str, Tensor]:
+    """FSDP2: parameters are there only during the forward, where the tap reads the tokens."""
+    model = Model()
+    mesh = DeviceMesh.from_group(here.group, "cpu")
+    for block in model.vit.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(*batch(*share(here, 2)), here.group).backward()
+    return gradients(model)
+
+
+def test_fsdp2(run, eager):
+    for found in run(2, with_fsdp):
+        assert not isinstance(found, Exception), found
+        assert_same(found, eager, 1e-4)
