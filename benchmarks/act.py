@@ -77,7 +77,6 @@ if __name__ == "__main__":
             found = measure(n, size, device)
             ratios = sorted(b / a for a, b in zip(found["act"], found["loop"], strict=True))
             rows.append({"kind": kind, "images": n, "grid": size, "ratios": ratios, **found})
-            print(
-                f"{kind:12} {n:4} images: {ratios[len(ratios) // 2]:5.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-            )
+            low, median, high = ratios[0], ratios[len(ratios) // 2], ratios[-1]
+            print(f"{kind:12} {n:4} images: {median:5.1f} times as fast ({low:.1f} to {high:.1f})")
     print(save("act", rows))

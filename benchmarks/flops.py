@@ -125,7 +125,6 @@ if __name__ == "__main__":
         "relative_with_own_forwards": 1 + (term + forwards) / base,
     }
     print(f"MoCo-v3 step of {BATCH} images: {base / 1e12:.2f} TFLOP; SER on {IMAGES} of them: {term / 1e9:.1f} GFLOP")
-    print(
-        f"relative {row['relative']:.5f}; with patch_tokens beside the SSL forward {row['relative_with_own_forwards']:.5f}"
-    )
+    print(f"relative {row['relative']:.5f}")
+    print(f"with patch_tokens beside the SSL forward {row['relative_with_own_forwards']:.5f}")
     print(save("flops", [row]))

@@ -353,7 +353,7 @@ Z = torch.randn(3, 4, 8)
         (Z, Z.double(), {}, "z2 (3, 4, 8) torch.float64 on cpu\n  expected: one floating point dtype"),
         (Z.long(), Z.long(), {}, "remedy:   z1.float(), z2.float()"),
         (Z, Z.to("meta"), {}, "float32 on meta\n  expected: one device\n  remedy:   z1.to(z2.device)"),
-        (Z[:1], Z[:1], {}, "z1 (1, 4, 8), 1 images in 1 processes\n  expected: 2 images or more"),
+        (Z[:1], Z[:1], {}, "z1 (1, 4, 8), 1 images in 1 processes\n  expected: at least 2 images"),
         (Z[:0], Z[:0], {}, "remedy:   partition_size(batch_size, ratio, world_size)"),
         (Z[:, :0], Z[:, :0], {}, "z1 (3, 0, 8)"),
         (Z / 0, Z, {}, "given:    z1 with 12 of 12 tokens not finite\n  expected: finite features"),
@@ -460,9 +460,9 @@ def test_memory_grows_like_the_tokens(small, large):
 @pytest.mark.slow
 @measures_memory
 def test_memory_of_the_released_form_grows_like_their_square():
-    released = peak("released", 16, 196)
-    assert released >= 10 * peak("released", 4, 196)
-    assert peak("streaming", 16, 196) <= 0.15 * released
+    released = peak("released", 32, 196)
+    assert released >= 10 * peak("released", 8, 196)
+    assert peak("streaming", 32, 196) <= 0.1 * released
 
 
 def test_released_form_retold_equals_the_formula():

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "vit": {"errors"},
     "distributed": {"errors"},
     "losses": {"errors", "distributed"},
-    "views": {"errors", "groups", "actions"},
+    "views": {"errors", "groups", "actions", "distributed"},
     "regularizer": {"errors", "groups", "actions", "vit", "distributed", "losses"},
     "metrics": {"errors", "groups", "actions", "vit", "views"},
     "check": {"errors", "groups", "regularizer", "views", "vit"},

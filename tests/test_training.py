@@ -242,3 +242,20 @@ def test_fsdp2(run, eager):
     for found in run(2, with_fsdp):
         assert not isinstance(found, Exception), found
         assert_same(found, eager, 1e-4)
+
+
+def views_of_rank(here: Here, shared: bool) -> list[tuple]:
+    """Grids, parities and flips that a rank draws from its own stream."""
+    torch.manual_seed(here.rank)
+    views = EquivariantViews(PATCH, shared_grid=shared)
+    pairs = [views(torch.rand(16, 1, 24, 24)) for _ in range(4)]
+    return [(x.shape, (g.turns[0] % 2).item(), g.flip.tolist()) for p in pairs for x, g in ((p.x1, p.g1), (p.x2, p.g2))]
+
+
+def test_ranks_share_grids_and_nothing_else(run):
+    first, *others = run(4, views_of_rank, True)
+    for other in others:
+        assert [draw[:2] for draw in other] == [draw[:2] for draw in first]
+        assert all(mine[2] != theirs[2] for mine, theirs in zip(other, first, strict=True))
+    first, *others = run(4, views_of_rank, False)
+    assert all([draw[:2] for draw in other] != [draw[:2] for draw in first] for other in others)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .errors import SERError
 from .groups import GroupElement
 
 __all__ = ["act"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MODES = ("bicubic", "bilinear")
 CHUNK_BYTES = 2**24  # of temporaries at a time on a CPU: larger ones are mapped and zeroed anew at every call
@@ -112,26 +116,41 @@ def _check(g: GroupElement, x: Tensor, mode: str) -> tuple[int, int]:
     return size
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the tables as they are
-@lru_cache(maxsize=64)
+def _remembered(entries: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Cached in eager mode, and a constant to torch.compile, which would otherwise look past the cache."""
+
+    def remember(function: Callable[P, T]) -> Callable[P, T]:
+        cached: Any = lru_cache(entries)(function)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            # A table made in inference mode could never be saved for a backward.
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                table: T = cached(*args, **kwargs)
+                return table
+
+        constant: Callable[P, T] = torch.compiler.assume_constant_result(call)
+        return constant
+
+    return remember
+
+
+@_remembered(16)  # 6 MiB each for images of 224 pixels a side
 def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each cell of the turned grid comes from, and back: two (8, H·W) tables; row turns + 4 · flip."""
-    with torch.inference_mode(False):  # a table cached from inference mode could never be saved for a backward
-        cells = torch.arange(height * width).view(height, width)
-        table = torch.stack(
-            [torch.rot90(start, turns).flatten() for start in (cells, cells.flip(-1)) for turns in range(4)]
-        )
-        return table.to(device), table.argsort(-1).to(device)
+    cells = torch.arange(height * width).view(height, width)
+    table = torch.stack(
+        [torch.rot90(start, turns).flatten() for start in (cells, cells.flip(-1)) for turns in range(4)]
+    )
+    return table.to(device), table.argsort(-1).to(device)
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the tables as they are
-@lru_cache(maxsize=256)
+@_remembered(256)
 def resampling(old: int, new: int, mode: str, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(new, old): the linear map by which torch resamples one axis, read off its action on unit vectors."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        basis = torch.eye(old, dtype=torch.float64)[None, None]
-        operator = F.interpolate(basis, (new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
-        return operator.to(device, dtype)
+    basis = torch.eye(old, dtype=torch.float64)[None, None]
+    operator = F.interpolate(basis, (new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
+    return operator.to(device, dtype)
 
 
 def _gather(maps: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import SERError
 
-__all__ = ["agree", "gather", "place"]
+__all__ = ["agree", "gather", "place", "share"]
 
 
 def place(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
@@ -62,8 +62,7 @@ def agree(
         SERError: on every rank, with the first error that a rank reports, or with the first name on whose value
             they differ.
     """
-    if "cpu" in dist.distributed_c10d.get_backend_config(group):
-        device = torch.device("cpu")
+    device = _meeting_place(device, group)
     header = [float(error is None), *counts, *(value for value, _ in shared.values())]
     mine = torch.tensor(header, dtype=torch.float64, device=device)
     everyone = mine.new_empty(dist.get_world_size(group) * len(header))
@@ -76,10 +75,30 @@ def agree(
         rank, cause = next((rank, e) for rank, e in enumerate(errors) if e)
         raise SERError(f"{cause.call}, on rank {rank}", cause.given, cause.expected, cause.remedy)
     for (name, (_, remedy)), *values in zip(shared.items(), *(h[1 + len(counts) :] for h in headers), strict=True):
-        if len(set(values)) > 1:
-            given = ", ".join(f"{value:g} on rank {rank}" for rank, value in enumerate(values))
-            raise SERError(call, f"{name} {given}", "the same on every rank", remedy)
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                given = f"{name} {values[0]:g} on rank 0, {value:g} on rank {rank}"
+                raise SERError(call, given, "the same on every rank", remedy)
     return [tuple(int(count) for count in h[1 : 1 + len(counts)]) for h in headers]
+
+
+def _meeting_place(device: torch.device, group: "dist.ProcessGroup | None") -> torch.device:
+    """Where a few numbers are exchanged: on the host if the processes can."""
+    return torch.device("cpu") if "cpu" in dist.distributed_c10d.get_backend_config(group) else device
+
+
+def share(values: Tensor, device: torch.device) -> Tensor:
+    """The first rank's values on all ranks, on the CPU; nothing happens where one process is alone.
+
+    Args:
+        values: the same shape and dtype on each rank.
+        device: of the tensors at hand, which the processes can exchange.
+    """
+    if place()[1] == 1:
+        return values
+    shared = values.to(_meeting_place(device, None))
+    dist.broadcast(shared, 0)
+    return shared.cpu()
 
 
 def gather(x: Tensor, lengths: list[int], group: "dist.ProcessGroup | None" = None) -> tuple[Tensor, ...]:

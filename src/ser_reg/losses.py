@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from .distributed import agree, gather, place
 from .errors import SERError
@@ -72,7 +71,8 @@ def patch_ntxent(
 
     Args:
         z1, z2: (B, N, D), N tokens of each of B images, token j of image i at the same place in both. Any floating
-            dtype: double is computed in double, all else in float32, whatever autocast says.
+            dtype: double is computed in double, all else in float32, whatever autocast says (products of float32
+            matrices as `torch.set_float32_matmul_precision` has them).
         temperature: above 0. The paper takes 0.3 (MoCo-v3, Barlow Twins) and 0.5 (DINO).
         symmetric: the mean of both directions, anchors from z1 and anchors from z2; else anchors from z1 alone.
         chunk_size: side of a tile of logits, in tokens. It trades memory for speed and never touches the result.
@@ -174,7 +174,7 @@ def _counts(
         counts = agree(call, error, (images, tokens), shared, z1.device, group)
     if sum(images for images, _ in counts) < 2:
         given = f"z1 {tuple(z1.shape)}, {sum(images for images, _ in counts)} images in {world} processes"
-        expected = "2 images or more: negatives are tokens of other images"
+        expected = "at least 2 images: negatives are tokens of other images"
         raise SERError(call, given, expected, "partition_size(batch_size, ratio, world_size)  # never 1")
     return counts
 
@@ -199,14 +199,14 @@ def _complaint(call: str, z1: Tensor, z2: Tensor, temperature: float, chunk_size
     if z1.device != z2.device:
         return wrong("one device", "z1.to(z2.device)")
     if z1.shape[0] and not (z1.shape[1] and z1.shape[2]):
-        return wrong("tokens with features", "patch_tokens(vit, images, layer).flatten(2).mT")
+        return wrong("tokens with features", "z1 = patch_tokens(vit, images, layer).flatten(2).mT")
     if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
         for name, z in (("z1", z1.detach()), ("z2", z2.detach())):
             # A finite sum proves finite features without a mask as large as they are; an infinite one nothing.
             if not math.isfinite(z.sum()) and not z.isfinite().all():
                 bad = (~z.isfinite()).any(-1)
                 given = f"{name} with {int(bad.sum())} of {bad.numel()} tokens not finite"
-                return wrong("finite features", f"torch.isfinite({name}).all()  # at each step before", given)
+                return wrong("finite features", f"torch.isfinite({name}).all()  # and so on, upstream", given)
     return None
 
 
@@ -265,10 +265,11 @@ def _stream(
         side = _side(chunk_size, z1)
         negatives, near_grad, far_grad = _sweep(near, far, positive, side, not symmetric, bounded, differentiate)
         mean = weight / max(1, len(near))
-        loss = softplus(negatives - positive).sum() * mean  # log(1 + exp(negatives) / exp(positive))
+        excess = negatives - positive  # the loss is log(1 + exp(excess)), which loses no digits when it is small
+        loss = excess.logaddexp(torch.zeros_like(excess)).sum() * mean
 
         if differentiate:
-            pull = -torch.sigmoid(negatives - positive).view(images, directions, tokens).sum(1).unsqueeze(-1)
+            pull = -torch.sigmoid(excess).view(images, directions, tokens).sum(1).unsqueeze(-1)
             g1, g2, g_others = _views(near_grad, far_grad, z1.shape, symmetric)
             g1.addcmul_(pull, x2)
             g2.addcmul_(pull, x1)
@@ -410,7 +411,7 @@ def _views(near: Tensor, far: Tensor, shape: torch.Size, symmetric: bool) -> tup
 
 
 def _side(chunk_size: int | None, z: Tensor) -> int:
-    return chunk_size or (1536 if z.device.type == "cpu" else 4096)
+    return chunk_size or (1536 if z.device.type == "cpu" else 4096)  # CPU: the fastest of 512 to 2048 at D = 512
 
 
 def _scale(z: Tensor, temperature: float) -> Tensor:

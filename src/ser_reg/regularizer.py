@@ -30,7 +30,8 @@ class SEROutput(NamedTuple):
     """Standard deviation over tokens of the unit-length projections, all dimensions together: 1 when directions
     spread evenly, 0 when all tokens have collapsed into one."""
     finite: Tensor
-    """(2,) bool: whether all features of z1, and of z2, were finite. On a CPU a SERError says so instead."""
+    """(2,) bool: whether all features of z1, and of z2, were finite. On a CPU a SERError says so
+    instead; elsewhere, or compiled, the loss is NaN then."""
 
 
 class SERLoss(nn.Module):
@@ -115,7 +116,7 @@ class SERLoss(nn.Module):
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
             z1, z2 = z1.to(dtype), z2.to(dtype)
             finite = torch.stack([z1.detach().isfinite().all(), z2.detach().isfinite().all()])
-            if finite.device.type == "cpu":
+            if finite.device.type == "cpu" and not torch.compiler.is_compiling():
                 _raise_unless_finite(call, finite)
             if len(z1):
                 z1 = act(relative, z1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .actions import act
+from .distributed import share
 from .errors import SERError
 from .groups import GroupElement, check_ranges, side_factors
 
@@ -45,6 +46,8 @@ class EquivariantViews:
         flips: left-right flips or none.
         photometric: any callable on a (B, C, H, W) batch that keeps its shape, such as a
             ``torchvision.transforms.v2`` pipeline; applied to each view by itself, before the geometry.
+        shared_grid: in a distributed run all ranks use the grid and parity of the first, so that none waits for
+            another's larger views; every rank then has to call. The loss is right either way.
 
     Raises:
         SERError: a range or the patch size is not positive.
@@ -70,6 +73,7 @@ class EquivariantViews:
         rotations: bool = True,
         flips: bool = True,
         photometric: Callable[[Tensor], Tensor] | None = None,
+        shared_grid: bool = True,
     ) -> None:
         call = "EquivariantViews(patch_size, scale, ratio)"
         if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
@@ -83,6 +87,7 @@ class EquivariantViews:
         self.rotations = rotations
         self.flips = flips
         self.photometric = photometric
+        self.shared_grid = shared_grid
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -124,7 +129,7 @@ class EquivariantViews:
         """One view: its images and elements."""
         size = (images.shape[-2], images.shape[-1])
         # A rank whose share of the batch is empty has a grid all the same: draw for one sample, keep none.
-        drawn = self._draw(max(1, len(images)), size, generator)
+        drawn = self._draw(max(1, len(images)), size, images.device, generator)
         element = drawn[: len(images)]
         if self.photometric is not None:
             with _seeded(generator, images.device):
@@ -141,17 +146,21 @@ class EquivariantViews:
             return images.new_empty(*images.shape[:2], *drawn.output_size(size)), element
         return act(element, images, antialias=True), element
 
-    def _draw(self, n: int, size: tuple[int, int], generator: torch.Generator | None) -> GroupElement:
+    def _draw(
+        self, n: int, size: tuple[int, int], images_device: torch.device, generator: torch.Generator | None
+    ) -> GroupElement:
         """n elements of one grid and one parity of turns."""
         device = "cpu" if generator is None else generator.device
-        area, aspect = torch.rand(2, 1, generator=generator, dtype=torch.float64, device=device).cpu()
+        uniform = torch.rand(2, 1, generator=generator, dtype=torch.float64, device=device).cpu()
         parity = torch.randint(2, (1,), generator=generator, device=device).cpu()
+        grid = torch.cat([uniform, parity[None]])
+        area, aspect, parity = share(grid, images_device) if self.shared_grid else grid
         half, flip = torch.randint(2, (2, n), generator=generator, device=device).cpu()
-        sides = area.new_tensor(size)
+        sides = uniform.new_tensor(size)
         cells = (side_factors(area, aspect, self.scale, self.ratio) * sides / self.patch_size).round()
         scale = cells * self.patch_size / sides
         return GroupElement(
-            (parity + 2 * half) * int(self.rotations), flip.bool() & self.flips, scale.expand(n, 2).clone()
+            (parity.long() + 2 * half) * int(self.rotations), flip.bool() & self.flips, scale.expand(n, 2).clone()
         )
 
 

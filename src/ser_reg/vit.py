@@ -166,7 +166,8 @@ def _tokens(call: str, vit: nn.Module, images: Tensor, layers: list[int]) -> dic
         outputs = model.forward_intermediates(
             images, indices=blocks, stop_early=True, norm=False, output_fmt="NLC", intermediates_only=True
         )
-        found |= {block + 1: _as_map(patches, grid) for block, patches in zip(blocks, outputs, strict=True)}
+        for block, patches in zip(blocks, outputs, strict=True):
+            found[block + 1] = _as_map(patches, grid)
     return {layer: found[layer][:batch] for layer in layers}
 
 
@@ -363,10 +364,10 @@ def _check_images(call: str, model: Any, images: Tensor) -> tuple[int, int]:
     if images.ndim != 4:
         remedy = "images[None]" if images.ndim == 3 else "images.flatten(0, -4)"
         raise SERError(call, shape, "(B, C, H, W)", remedy)
-    stem = next((module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d)), None)
-    if stem is not None and images.shape[1] != stem.in_channels:
+    convolutions = [module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d)]
+    if convolutions and images.shape[1] != (channels := convolutions[0].in_channels):
         remedy = f"timm.create_model(..., in_chans={images.shape[1]})"
-        raise SERError(call, shape, f"(B, {stem.in_channels}, H, W), as the model was built for", remedy)
+        raise SERError(call, shape, f"(B, {channels}, H, W), as the model was built for", remedy)
     if not images.is_floating_point():
         given = f"images of {images.dtype}"
         raise SERError(call, given, "floating point, normalised as for the model", "images.float() / 255")

@@ -1,0 +1,104 @@
+"""What the whole term costs in a training step: time and memory with and without it, at r = 1, 10 and 50 %.
+
+A step of MoCo-v3's kind on a ViT-S/16 at 224 pixels (on a CPU: ViT-Ti at 96), late [CLS] in both; the term's tokens
+come from `patch_tokens` beside the SSL forward, as in the README's loop, or from a `TokenTap` on it.
+
+Run: python benchmarks/overhead.py
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import copy
+from typing import Any
+
+import timm
+import torch
+from act import seconds
+from environment import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ser_reg import EquivariantViews, SERLoss, TokenTap, ViewPair, late_cls, partition_size, patch_tokens
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+NAME, SIDE, BATCH = ("vit_small_patch16_224", 224, 256) if CUDA else ("vit_tiny_patch16_224", 96, 64)
+LAYER, RUNS = 3, 7
+RATIOS = (0.01, 0.1, 0.5)
+
+
+class Step:
+    """Forward and backward of two views; the momentum branch sees the other one."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        vit = timm.create_model(NAME, num_classes=0, dynamic_img_size=True)
+        self.vit = late_cls(vit, LAYER).to(DEVICE)
+        self.momentum = copy.deepcopy(self.vit).requires_grad_(False)
+        self.head = nn.Linear(self.vit.embed_dim, 256).to(DEVICE)
+        self.ser = SERLoss(self.vit.embed_dim).to(DEVICE)
+
+    def base(self, embeddings: list[Tensor], views: list[list[Tensor]]) -> Tensor:
+        queries = [F.normalize(self.head(e), dim=-1) for e in embeddings]
+        with torch.no_grad():
+            keys = [F.normalize(self.head(torch.cat([self.momentum(x) for x in view])), dim=-1) for view in views]
+        labels = torch.arange(len(queries[0]), device=DEVICE)
+        pairs = ((queries[0], keys[1]), (queries[1], keys[0]))
+        return torch.stack([F.cross_entropy(q @ k.T / 0.2, labels) for q, k in pairs]).sum()
+
+    def __call__(self, views: list[list[Tensor]], pair: ViewPair, mode: str) -> None:
+        for module in (self.vit, self.head, self.ser):
+            module.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
+            with TokenTap(self.vit, LAYER) as tap:
+                embeddings, maps = [], []
+                for view in views:
+                    embeddings.append(torch.cat([self.vit(x) for x in view]))
+                    maps.append(tap.tokens)  # of b2, the last part
+            loss = self.base(embeddings, views)
+            if mode == "patch_tokens":
+                maps = [patch_tokens(self.vit, x, LAYER) for x in pair[:2]]
+            if mode != "plain":
+                loss = loss + 0.5 * self.ser(*maps, pair.relative).loss
+        loss.backward()
+
+
+def measure(ratio: float) -> dict[str, Any]:
+    step, n = Step(), partition_size(BATCH, ratio)
+    images = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE)
+    pair = EquivariantViews(16)(images[-n:], torch.Generator().manual_seed(0))
+    views = [[images[:-n], pair.x1], [images[:-n].flip(-1), pair.x2]]
+    spent: dict[str, list[float]] = {"plain": [], "tap": [], "patch_tokens": []}
+    peaks: dict[str, int] = {}
+    for run in range(RUNS + 1):
+        for mode, times in spent.items():
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            time = seconds(lambda mode=mode: step(views, pair, mode), DEVICE)
+            if CUDA:
+                peaks[mode] = torch.cuda.max_memory_allocated()
+            if run:  # the first is a warm-up
+                times.append(time)
+    return {"ratio": ratio, "images": n, "seconds": spent, "peak_bytes": peaks}
+
+
+def main() -> None:
+    rows = []
+    for ratio in RATIOS:
+        row = measure(ratio)
+        rows.append({"model": NAME, "side": SIDE, "batch": BATCH, **row})
+        plain = row["seconds"]["plain"]
+        for mode in ("tap", "patch_tokens"):
+            found = sorted(a / b for a, b in zip(row["seconds"][mode], plain, strict=True))
+            low, median, high = found[0], found[len(found) // 2], found[-1]
+            print(
+                f"r = {ratio:4.0%}, {row['images']:3} images, {mode:12}: {median:.3f} ({low:.3f} to {high:.3f})",
+                flush=True,
+            )
+    print(save("overhead", rows))
+
+
+if __name__ == "__main__":
+    main()
