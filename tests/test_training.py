@@ -48,9 +48,9 @@ def ssl(e1: Tensor, e2: Tensor) -> Tensor:
 
 
 def batch(start: int = 0, stop: int = IMAGES):
-    """Images start to stop of one fixed batch and its views."""
+    """Images start to stop of one fixed batch and its views, which nothing has to be asked for."""
     images = torch.rand(IMAGES, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    x1, x2, g1, g2 = EquivariantViews(PATCH)(images, torch.Generator().manual_seed(2))
+    x1, x2, g1, g2 = EquivariantViews(PATCH, shared_grid=False)(images, torch.Generator().manual_seed(2))
     part = slice(start, stop)
     return x1[part], x2[part], (g2 @ ~g1)[part]
 
@@ -169,7 +169,8 @@ def test_recompilation_ends():
     acted = torch.compile(act, fullgraph=True, dynamic=False, backend=counter)
     views = EquivariantViews(PATCH, scale=(0.9, 1.1), ratio=(1, 1))
     kinds = set()
-    with torch._dynamo.config.patch(recompile_limit=64):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 64}):
         for seed in range(60):
             pair = views(torch.rand(2, 1, 16, 16), torch.Generator().manual_seed(seed))
             z = torch.randn(2, 8, *(side // PATCH for side in pair.x1.shape[-2:]))

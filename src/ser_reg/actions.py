@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from .errors import SERError
 from .groups import GroupElement
 
 __all__ = ["act"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 MODES = ("bicubic", "bilinear")
 CHUNK_BYTES = 2**24  # of temporaries at a time on a CPU: larger ones are mapped and zeroed anew at every call
@@ -70,25 +66,12 @@ def act(g: GroupElement, x: Tensor, mode: str = "bicubic", *, antialias: bool = 
         return maps[torch.cat(halves).argsort().to(x.device)]
 
     dihedral = (g.turns + 4 * g.flip).to(x.device)
-    table, inverse = permutations(height, width, x.device)
     grid = (width, height) if True in parities else (height, width)
-    if grid == size:
-        maps = _Permute.apply(x.permute(0, 2, 3, 1), table[dihedral], inverse[dihedral], size)
-    else:
-        # Turn first, then resample: the same element, as turns and flips carry the centred grid onto itself.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        operators = [
-            resampling(old, new, mode, antialias, dtype, x.device) for old, new in zip(grid, size, strict=True)
-        ]
-        maps = _Act.apply(
-            x.permute(0, 2, 3, 1),
-            table[dihedral],
-            inverse[dihedral],
-            grid,
-            (height, width),
-            *operators,
-            False,
-        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    table, inverse, *axes = operators((height, width), grid, size, mode, antialias, dtype, x.device)
+    cells = x.permute(0, 2, 3, 1), table[dihedral], inverse[dihedral]
+    # Turn first, then resample: the same element, as turns and flips carry the centred grid onto itself.
+    maps = _Act.apply(*cells, grid, (height, width), *axes, False) if axes else _Permute.apply(*cells, size)
     result: Tensor = maps.permute(0, 3, 1, 2)
     return result
 
@@ -116,26 +99,27 @@ def _check(g: GroupElement, x: Tensor, mode: str) -> tuple[int, int]:
     return size
 
 
-def _remembered(entries: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Cached in eager mode, and a constant to torch.compile, which would otherwise look past the cache."""
-
-    def remember(function: Callable[P, T]) -> Callable[P, T]:
-        cached: Any = lru_cache(entries)(function)
-
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            # A table made in inference mode could never be saved for a backward.
-            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-                table: T = cached(*args, **kwargs)
-                return table
-
-        constant: Callable[P, T] = torch.compiler.assume_constant_result(call)
-        return constant
-
-    return remember
+def operators(
+    origin: tuple[int, int],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    mode: str,
+    antialias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """The tables that turn maps of size `origin` onto `grid`, and the axes' operators from there to `size`, if any."""
+    # A table made in inference mode could never be saved for a backward.
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        axes = () if grid == size else zip(grid, size, strict=True)
+        return *permutations(*origin, device), *(resampling(*axis, mode, antialias, dtype, device) for axis in axes)
 
 
-@_remembered(16)  # 6 MiB each for images of 224 pixels a side
+# Cached in eager mode, and a constant to torch.compile, which would otherwise look past the cache.
+torch.compiler.assume_constant_result(operators)
+
+
+@lru_cache(16)  # 6 MiB each for images of 224 pixels a side
 def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each cell of the turned grid comes from, and back: two (8, H·W) tables; row turns + 4 · flip."""
     cells = torch.arange(height * width).view(height, width)
@@ -145,7 +129,7 @@ def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor,
     return table.to(device), table.argsort(-1).to(device)
 
 
-@_remembered(256)
+@lru_cache(256)
 def resampling(old: int, new: int, mode: str, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(new, old): the linear map by which torch resamples one axis, read off its action on unit vectors."""
     basis = torch.eye(old, dtype=torch.float64)[None, None]

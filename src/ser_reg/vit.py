@@ -226,7 +226,7 @@ class TokenTap:
     @property
     def tokens(self) -> Tensor:
         if self._tokens is None:
-            given = "no forward reached this layer" if self._handles else "a closed tap, which keeps nothing"
+            given = "no forward, or one that stopped before" if self._handles else "a closed tap, which keeps nothing"
             remedy = f"with {self._call} as tap: vit(images); z = tap.tokens"
             raise SERError("tap.tokens", given, "a forward of vit, not compiled before, inside the with-block", remedy)
         return self._tokens
