@@ -45,6 +45,15 @@ def test_loop_trains_the_early_blocks():
     assert names["vit"].blocks[2].mlp.fc1.weight.grad.abs().max() > 0
 
 
+def test_table_is_the_generated_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from quickstart_table import RESULTS, caption, load, table
+
+    runs = load(sorted(RESULTS.glob("seed[0-9].json")))
+    assert table(runs) in README
+    assert caption(runs) in README
+
+
 def test_commands_are_there():
     """One line installs and runs the main job, one installs and tests."""
     lines = [line for line in README.splitlines() if line.startswith("pip install ")]

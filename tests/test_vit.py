@@ -15,6 +15,7 @@ from timm.models import Eva, VisionTransformer
 from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from ser_reg.errors import SERError
 from ser_reg.vit import TokenTap, accepts_any_size, depth, late_cls, layer_tokens, patch_size, patch_tokens
@@ -365,14 +366,30 @@ class TestCompilers:
         late_cls(plain, LAYER)
         assert torch.equal(compiled(plain)(images), late_cls(model(), LAYER)(images))
 
-    def test_compile_by_block(self) -> None:
-        vit, images = model(), photos()
+    @pytest.mark.parametrize("late", [0, LAYER], ids=["before", "after"])
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            functools.partial(torch.compile, backend="eager", fullgraph=True),
+            checkpoint_wrapper,
+            functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
+        ],
+        ids=["compile", "checkpoint", "checkpoint-reentrant"],
+    )
+    @pytest.mark.parametrize("name", ["vit", *slow("dinov2-registers")])
+    def test_wrapped_blocks(self, name: str, wrap: Callable[[nn.Module], nn.Module], late: int) -> None:
+        vit, images = late_cls(model(name), late), photos(name)
         torch.compiler.reset()
         for index, block in enumerate(vit.blocks):
-            vit.blocks[index] = torch.compile(block, backend="eager", fullgraph=True)
-        assert torch.equal(vit(images), original("vit")(images))
-        assert torch.equal(late_cls(vit, LAYER)(images), late_cls(model(), LAYER)(images))
-        assert torch.equal(late_cls(vit, 0)(images), original("vit")(images))
+            vit.blocks[index] = wrap(block)
+        for layer in (late, LAYER, LAYER, 1, 0):
+            late_cls(vit, layer)
+            tokens, expected = literal(original(name), images, layer)
+            with TokenTap(vit, LAYER) as tap:
+                assert torch.equal(vit(images), expected)
+                z = tap.tokens
+            assert z.requires_grad
+            assert torch.equal(z, as_map(name, tokens[LAYER]))
 
     @pytest.mark.parametrize("layer", [0, LAYER])
     def test_compile_patch_tokens(self, layer: int) -> None:

@@ -72,23 +72,23 @@ def late_cls(vit: ViT, layer: int) -> ViT:
     # Hooks would do the same, but torch.compile does not guard on their absence: after a plain ViT was compiled, one
     # with hooks silently runs the plain graph. It does guard on an instance's own `forward`.
     for index, block in enumerate(model.blocks):
-        _admit_prefix(block)
         early = index < layer and model.num_prefix_tokens > 0
+        for module in block.modules():
+            _admit_prefix(module)  # of the block or, wrapped since an earlier call, of what is now inside it
+            if hasattr(module, "num_prefix_tokens"):  # rotary embeddings skip this many tokens
+                module.num_prefix_tokens = 0 if early else model.num_prefix_tokens
         if early:
             block.forward = partial(_forward_patches, block.forward, model.num_prefix_tokens)
-        for module in block.modules():  # rotary embeddings skip this many tokens
-            if hasattr(module, "num_prefix_tokens"):
-                module.num_prefix_tokens = 0 if early else model.num_prefix_tokens
     return vit
 
 
-def _admit_prefix(block: Any) -> None:
-    """Undo `late_cls` on one block."""
-    late = vars(block).get("forward")
+def _admit_prefix(module: Any) -> None:
+    """Undo `late_cls` on one module."""
+    late = vars(module).get("forward")
     if isinstance(late, partial) and late.func is _forward_patches:
-        del block.forward
-        if block.forward != late.args[0]:  # somebody else had replaced it before us
-            block.forward = late.args[0]
+        del module.forward
+        if module.forward != late.args[0]:  # somebody else had replaced it before us
+            module.forward = late.args[0]
 
 
 def _forward_patches(
