@@ -26,6 +26,4 @@ class SERError(ValueError):
         self.call, self.given, self.expected, self.remedy = call, given, expected, remedy
 
     def __str__(self) -> str:
-        return (
-            f"{self.call}\n  given:    {self.given}\n  expected: {self.expected}\n  remedy:   {self.remedy}"
-        )
+        return f"{self.call}\n  given:    {self.given}\n  expected: {self.expected}\n  remedy:   {self.remedy}"

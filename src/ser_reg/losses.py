@@ -38,14 +38,14 @@ from .errors import SERError
 __all__ = ["Contrast", "contrast", "patch_ntxent"]
 
 _SHORTEST = 1e-12  # a token below this norm has no direction: all its similarities are 0, and so is its gradient
-_PROBES = 1024  # anchors that the accuracy looks at
+_PROBES = 256  # anchors that the accuracy looks at
 
 
 class Contrast(NamedTuple):
     """The loss, with two detached scalars that say how to read it.
 
     chance is log(number of candidates), averaged over the anchors of all ranks: the loss of features that tell
-    nothing apart. accuracy is how often the positive beats every other candidate, over at most 1024 evenly spaced
+    nothing apart. accuracy is how often the positive beats every other candidate, over at most 256 evenly spaced
     anchors of this rank's z1; NaN on a rank without images.
     """
 
@@ -111,7 +111,7 @@ def contrast(
     chunk_size: int | None,
     group: "dist.ProcessGroup | None",
 ) -> Contrast:
-    """`patch_ntxent`, same arguments, with its diagnostics: they cost one more look at up to 1024 anchors."""
+    """`patch_ntxent`, same arguments, with its diagnostics: they cost one more look at up to 256 anchors."""
     loss, counts, others = _loss(z1, z2, temperature, symmetric, chunk_size, group)
     total = sum(images * tokens for images, tokens in counts)
     chance = sum(images * tokens * math.log(1 + 2 * (total - tokens)) for images, tokens in counts) / total

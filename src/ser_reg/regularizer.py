@@ -25,7 +25,7 @@ class SEROutput(NamedTuple):
     chance: Tensor
     """log of the number of candidates of an anchor: the loss when nothing is told apart."""
     accuracy: Tensor
-    """How often the positive is the best match (of at most 1024 anchors)."""
+    """How often the positive is the best match (of at most 256 anchors)."""
     feature_std: Tensor
     """Standard deviation over tokens of the unit-length projections, all dimensions together: 1 when directions
     spread evenly, 0 when all tokens have collapsed into one."""
