@@ -1,8 +1,8 @@
 """Time and peak memory of `patch_ntxent`, forward and backward, by number of images.
 
 196 tokens an image, 512 channels, float32. Beside it: the formula in one matrix ("dense"), the released code's form
-with its gradient repaired ("released"), and the three plain matrix products that any form contains ("products"), one
-forward and two backward each. Times are taken in turn in one process, memory in a process for each.
+with its gradient repaired ("released"), and the three plain matrix products of the formula ("products"), each with
+the two of its gradient. Times are taken in turn in one process, memory in a process for each.
 
 Run: python benchmarks/loss.py
 """
@@ -38,16 +38,29 @@ WEIGHED = (4, 8, 16, 24, 48, 64)
 DENSE_UP_TO = 48  # images: the full matrices of more do not fit a small machine
 
 
-def products(z1: Tensor, z2: Tensor) -> Tensor:
+Step = Callable[[Tensor, Tensor], None]
+
+
+def trained(form: Callable[..., Tensor]) -> Step:
+    def step(z1: Tensor, z2: Tensor) -> None:
+        form(z1, z2, TAU).backward()
+
+    return step
+
+
+@torch.no_grad()
+def products(z1: Tensor, z2: Tensor) -> None:
+    """Each matrix of logits and its two gradients, as plain products."""
     x1, x2 = z1.flatten(0, 1), z2.flatten(0, 1)
-    logits = [x1 @ x1.mT, x1 @ x2.mT, x2 @ x2.mT]
-    return torch.stack([matrix.sum() for matrix in logits]).sum()
+    for a, b in ((x1, x1), (x1, x2), (x2, x2)):
+        logits = a @ b.mT
+        logits @ b, logits.mT @ a
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ours": lambda a, b: patch_ntxent(a, b, TAU),
-    "released": lambda a, b: released_ntxent(a, b, TAU),
-    "dense": lambda a, b: dense_ntxent(a, b, TAU),
+FORMS: dict[str, Step] = {
+    "ours": trained(patch_ntxent),
+    "released": trained(released_ntxent),
+    "dense": trained(dense_ntxent),
     "products": products,
 }
 
@@ -60,14 +73,14 @@ def tokens(images: int) -> tuple[Tensor, Tensor]:
 def time_forms(images: int) -> dict[str, Any]:
     z1, z2 = tokens(images)
 
-    def step(form: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def step(name: str) -> None:
         z1.grad = z2.grad = None
-        form(z1, z2).backward()
+        FORMS[name](z1, z2)
 
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
     for run in range(RUNS + 1):
-        for name, form in FORMS.items():
-            time = seconds(lambda form=form: step(form), DEVICE)
+        for name in FORMS:
+            time = seconds(lambda name=name: step(name), DEVICE)
             if run:  # the first is a warm-up
                 spent[name].append(time)
     return {"images": images, "seconds": spent}
@@ -82,16 +95,16 @@ def peak_bytes(name: str, images: int) -> int:
 def measure_peak(name: str, images: int) -> None:
     """What the child process does."""
     small = tokens(2)
-    FORMS[name](*small).backward()  # libraries load what they need
+    FORMS[name](*small)  # libraries load what they need
     z1, z2 = tokens(images)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        FORMS[name](z1, z2).backward()
+        FORMS[name](z1, z2)
         print(torch.cuda.max_memory_allocated() - before)
     else:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        FORMS[name](z1, z2).backward()
+        FORMS[name](z1, z2)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
@@ -99,12 +112,6 @@ def ratio(row: dict[str, Any], other: str) -> tuple[float, float, float]:
     """ours / other, run by run: (lowest, median, highest)."""
     ratios = sorted(a / b for a, b in zip(row["seconds"]["ours"], row["seconds"][other], strict=True))
     return ratios[0], ratios[len(ratios) // 2], ratios[-1]
-
-
-def matrix_rate(images: int, spent: float) -> float:
-    """FLOPs a second of the formula's distinct products: logits forward, two products each backward."""
-    m = images * TOKENS
-    return 3 * 3 * 2 * m * m * DIM / spent
 
 
 def main() -> None:

@@ -97,6 +97,8 @@ def _row(name: str, runs: list[dict[str, Any]], read: Read, digits: int) -> list
             values.append([])
     differences = [ser - control for control, ser in zip(*values[2:], strict=True)]
     higher = f"{sum(d > 0 for d in differences)} of {len(runs)}"
+    if equal := sum(d == 0 for d in differences):
+        higher += f" ({equal} equal)"
     return [name, *(_spread(v, digits) for v in values), _spread(differences, digits, "+"), higher]
 
 

@@ -1,0 +1,103 @@
+"""The benchmark tables as markdown, from the raw results of each machine.
+
+python benchmarks/table.py            # every machine
+python benchmarks/table.py FOLDER     # one of benchmarks/results
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FOLDERS", "tables"]
+
+RESULTS = Path(__file__).parent / "results"
+FOLDERS = sorted({path.parent for path in RESULTS.glob("*/act.json")})
+Rows = list[dict[str, Any]]
+
+
+def spread(ratios: list[float], digits: int = 2) -> str:
+    """Median (lowest to highest)."""
+    ratios = sorted(ratios)
+    low, median, high = ratios[0], ratios[len(ratios) // 2], ratios[-1]
+    return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def against(row: dict[str, Any], form: str, other: str) -> str:
+    pairs = zip(row["seconds"][form], row["seconds"][other], strict=True)
+    return spread([a / b for a, b in pairs])
+
+
+def act(rows: Rows) -> list[list[str]]:
+    head = ["`act` against a loop over samples, times as fast", *dict.fromkeys(f"{r['images']} images" for r in rows)]
+    kinds = {"permutation": "turns and flips", "shrinking": "and 14×14 to 12×12", "enlarging": "and 14×14 to 16×16"}
+    return [
+        head,
+        *([name, *(spread(r["ratios"], 1) for r in rows if r["kind"] == kind)] for kind, name in kinds.items()),
+    ]
+
+
+def loss(rows: Rows) -> list[list[str]]:
+    head = [
+        "images",
+        "time / released form",
+        "time / dense form",
+        "time / three products",
+        "peak memory",
+        "of released",
+    ]
+    timed = {r["images"]: r for r in rows if "seconds" in r}
+    weighed = {r["images"]: r["peak_bytes"] for r in rows if "peak_bytes" in r}
+    table = [head]
+    for images in sorted(timed | weighed):
+        line = [str(images)]
+        line += [
+            against(timed[images], "ours", form) if images in timed else ""
+            for form in ("released", "dense", "products")
+        ]
+        peak = weighed.get(images, {})
+        line.append(f"{peak['ours'] / 2**20:.0f} MiB" if peak else "")
+        line.append(f"{peak['ours'] / peak['released']:.3f}" if "released" in peak else "")
+        table.append(line)
+    return table
+
+
+def overhead(rows: Rows) -> list[list[str]]:
+    step = "{model}, {side} pixels, {batch} images".format(**rows[0])
+    table = [[f"step time / plain step ({step})", "images of the term", "tokens by tap", "by `patch_tokens`"]]
+    for row in rows:
+        forms = [against(row, form, "plain") for form in ("tap", "patch_tokens")]
+        table.append([f"r = {row['ratio']:.0%}", str(row["images"]), *forms])
+    return table
+
+
+def flops(rows: Rows) -> list[list[str]]:
+    (row,) = rows
+    return [
+        ["FLOPs of a step / of the MoCo-v3 step (ViT-S/16, 256 images a rank, 8 ranks, r = 1 %)", ""],
+        ["tokens taken from the SSL forward", f"{row['relative']:.4f}"],
+        ["tokens from `patch_tokens` beside it", f"{row['relative_with_own_forwards']:.4f}"],
+        ["the paper's Table 17", "1.008"],
+    ]
+
+
+def tables(folder: Path) -> str:
+    """All tables of one machine, with what was measured on."""
+    texts = []
+    for name, make in {"act": act, "loss": loss, "overhead": overhead, "flops": flops}.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            head, *lines = make(json.loads(path.read_text())["rows"])
+            rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+            texts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    there = json.loads((folder / "act.json").read_text())["environment"]
+    texts.append(
+        f"{there['hardware']}, {there['threads']} threads, python {there['python']}, torch {there['torch']}, timm "
+        f"{there['timm']}; forward and backward, float32; median (lowest–highest) of runs taken in turn."
+    )
+    return "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    for folder in [Path(name) for name in sys.argv[1:]] or FOLDERS:
+        print(tables(folder))
