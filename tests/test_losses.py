@@ -445,7 +445,8 @@ def peak(form: str, images: int, tokens: int) -> int:
     paths = [str(Path(losses.__file__).parents[1]), str(Path(__file__).parent)]
     code = f"import sys; sys.path[:0] = {paths!r}\n{PEAK}"
     command = [sys.executable, "-c", code, form, str(images), str(tokens)]
-    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed does not stay with the process
+    return int(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
 
 
 measures_memory = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -460,7 +461,7 @@ def test_memory_grows_like_the_tokens(small, large):
 
 @pytest.mark.slow
 @measures_memory
-def test_memory_of_the_released_form_grows_like_their_square():
+def test_memory_of_the_released_form_grows_faster():
     released = peak("released", 32, 196)
     assert released >= 10 * peak("released", 8, 196)
     assert peak("streaming", 32, 196) <= 0.1 * released
