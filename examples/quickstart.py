@@ -135,7 +135,7 @@ def train(
         optimizer.step()
         schedule.step()
         log.append(torch.stack(logged).detach())
-        show(base)
+        show(base.detach())
     return vit, torch.stack(log).cpu()
 
 

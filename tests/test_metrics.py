@@ -64,6 +64,12 @@ def test_a_map_that_hardly_varies_is_high_in_the_raw_reading_only():
     assert readings["spatial"] < 0.6
 
 
+def test_scale_moves_the_smallest_grid_too():
+    vit = plain(dynamic_img_size=True)
+    readings = equivariance_score(vit, torch.randn(4, 3, 8, 8), layers=[1])["scale"][1]
+    assert readings["raw"] < 1 - 1e-4
+
+
 def test_static_model_is_scored_without_scale():
     assert list(equivariance_score(plain(), torch.randn(2, 3, 24, 24), layers=[3])) == ["rotation", "flip"]
 

@@ -16,7 +16,7 @@ from .vit import accepts_any_size, depth, layer_tokens, patch_size
 __all__ = ["equivariance_score"]
 
 BATCH = 64  # images at a time
-SCALES = (5 / 6, 7 / 6)  # a side; inside the range of T_eq
+STEP = 1 / 6  # of a side, what "scale" takes away or adds: inside the range of T_eq
 
 
 def equivariance_score(
@@ -28,7 +28,7 @@ def equivariance_score(
     """Cosine between ρ_g f(x) and f(ρ_g x) over patch tokens, by transformation and layer.
 
     The mean over images, tokens and the elements of a transformation: "rotation" by one, two and three quarter turns,
-    "flip", and "scale" of both sides by 5/6 and 7/6, rounded to the patch grid (left out, key and all, for a model of
+    "flip", and "scale" of both sides by 5/6 and 7/6, in whole patches and at least one (left out, key and all, for a model of
     one static image size). f is the output of a block, before the final norm, [CLS] where the model has it.
 
     Two readings, because a high cosine alone proves nothing: tokens that hardly vary over space score near 1 under
@@ -98,7 +98,8 @@ def _transformations(vit: nn.Module, images: Tensor) -> dict[str, list[GroupElem
     if accepts_any_size(vit):
         patch = patch_size(vit)
         sides = images.shape[-2:]
-        grids = [[max(1, round(side / patch * factor)) for side in sides] for factor in SCALES]
+        grid = [max(1, round(side / patch)) for side in sides]
+        grids = [[max(1, n + sign * max(1, round(n * STEP))) for n in grid] for sign in (-1, 1)]
         transformations["scale"] = [
             element(0, False, (rows * patch / sides[0], columns * patch / sides[1])) for rows, columns in grids
         ]
