@@ -13,8 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,8 +31,8 @@ from literal import dense_ntxent, released_ntxent
 
 TOKENS, DIM, TAU, RUNS = 196, 512, 0.3, 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TIMED = (2, 3, 4, 8, 16, 24, 32)
-WEIGHED = (4, 8, 16, 24, 48, 64)
+TIMED = (2, 3, 4, 8, 16, 24, 32, 64) if DEVICE == "cpu" else (4, 16, 64, 256, 1024)
+WEIGHED = (4, 8, 16, 24, 48, 64) if DEVICE == "cpu" else (4, 16, 64, 256, 1024)
 DENSE_UP_TO = 48  # images: the full matrices of more do not fit a small machine
 
 
@@ -77,9 +75,9 @@ def time_forms(images: int) -> dict[str, Any]:
         z1.grad = z2.grad = None
         FORMS[name](z1, z2)
 
-    spent: dict[str, list[float]] = {name: [] for name in FORMS}
+    spent: dict[str, list[float]] = {name: [] for name in (FORMS if images <= DENSE_UP_TO else ["ours"])}
     for run in range(RUNS + 1):
-        for name in FORMS:
+        for name in spent:
             time = seconds(lambda name=name: step(name), DEVICE)
             if run:  # the first is a warm-up
                 spent[name].append(time)
@@ -103,9 +101,15 @@ def measure_peak(name: str, images: int) -> None:
         FORMS[name](z1, z2)
         print(torch.cuda.max_memory_allocated() - before)
     else:
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        before = status("VmRSS")
         FORMS[name](z1, z2)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        print(status("VmHWM") - before)
+
+
+def status(field: str) -> int:
+    """Bytes, from the kernel's account of this process. (getrusage's maximum begins with that of the parent.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def ratio(row: dict[str, Any], other: str) -> tuple[float, float, float]:
@@ -119,8 +123,14 @@ def main() -> None:
     for images in TIMED:
         row = time_forms(images)
         rows.append(row)
-        text = ", ".join(f"{ratio(row, name)[1]:.2f} of {name}" for name in FORMS if name != "ours")
-        print(f"{images:3} images: {text}", flush=True)
+        ours = sorted(row["seconds"]["ours"])[RUNS // 2]
+        text = ", ".join(f"{ratio(row, name)[1]:.2f} of {name}" for name in row["seconds"] if name != "ours")
+        print(f"{images:3} images: {ours:.3f} s; {text}", flush=True)
+    print(save("loss", rows + weigh_forms()))
+
+
+def weigh_forms() -> list[dict[str, Any]]:
+    rows = []
     for images in WEIGHED:
         names = ["ours", *(["released", "dense"] if images <= DENSE_UP_TO else [])]
         row = {"images": images, "peak_bytes": {name: peak_bytes(name, images) for name in names}}
@@ -128,11 +138,7 @@ def main() -> None:
         peaks = row["peak_bytes"]
         text = ", ".join(f"{name} {bytes_ / 2**20:.0f} MiB" for name, bytes_ in peaks.items())
         print(f"{images:3} images: {text}; ours {peaks['ours'] / images / 2**20:.2f} MiB an image", flush=True)
-    timed = [row for row in rows if "seconds" in row and row["images"] >= 8]
-    first, last = (sorted(row["seconds"]["ours"])[RUNS // 2] for row in (timed[0], timed[-1]))
-    exponent = math.log(last / first) / math.log(timed[-1]["images"] / timed[0]["images"])
-    print(f"time grows with the {exponent:.2f}th power of the number of images")
-    print(save("loss", rows))
+    return rows
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python benchmarks/table.py FOLDER     # one of benchmarks/results
 """
 
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,25 @@ def act(rows: Rows) -> list[list[str]]:
     ]
 
 
+def median(row: dict[str, Any], form: str = "ours") -> float:
+    return statistics.median(row["seconds"][form])
+
+
+def exponent(rows: Rows) -> str:
+    """How time and memory of the streaming loss grow with the number of images, by the last four of each."""
+    timed = [(r["images"], median(r)) for r in rows if "seconds" in r]
+    weighed = [(r["images"], r["peak_bytes"]["ours"]) for r in rows if "peak_bytes" in r]
+    power = [
+        statistics.linear_regression(*([math.log(x) for x in axis] for axis in zip(*points[-4:], strict=True))).slope
+        for points in (timed, weighed)
+    ]
+    return f"Time grows like the number of images to the power {power[0]:.2f}, memory {power[1]:.2f}."
+
+
 def loss(rows: Rows) -> list[list[str]]:
     head = [
         "images",
+        "seconds",
         "time / released form",
         "time / dense form",
         "time / three products",
@@ -50,10 +68,10 @@ def loss(rows: Rows) -> list[list[str]]:
     weighed = {r["images"]: r["peak_bytes"] for r in rows if "peak_bytes" in r}
     table = [head]
     for images in sorted(timed | weighed):
-        line = [str(images)]
+        row = timed.get(images, {"seconds": {}})
+        line = [str(images), f"{median(row):.3f}" if images in timed else ""]
         line += [
-            against(timed[images], "ours", form) if images in timed else ""
-            for form in ("released", "dense", "products")
+            against(row, "ours", form) if form in row["seconds"] else "" for form in ("released", "dense", "products")
         ]
         peak = weighed.get(images, {})
         line.append(f"{peak['ours'] / 2**20:.0f} MiB" if peak else "")
@@ -90,6 +108,8 @@ def tables(folder: Path) -> str:
             head, *lines = make(json.loads(path.read_text())["rows"])
             rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
             texts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    if (folder / "loss.json").exists():
+        texts.append(exponent(json.loads((folder / "loss.json").read_text())["rows"]))
     there = json.loads((folder / "act.json").read_text())["environment"]
     texts.append(
         f"{there['hardware']}, {there['threads']} threads, python {there['python']}, torch {there['torch']}, timm "

@@ -54,6 +54,15 @@ def test_table_is_the_generated_one(monkeypatch):
     assert caption(runs) in README
 
 
+def test_benchmark_tables_are_the_generated_ones(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from table import FOLDERS, tables
+
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert FOLDERS
+    assert all(tables(folder) in text for folder in FOLDERS)
+
+
 def test_commands_are_there():
     """One line installs and runs the main job, one installs and tests."""
     lines = [line for line in README.splitlines() if line.startswith("pip install ")]

@@ -28,8 +28,8 @@ def equivariance_score(
     """Cosine between ρ_g f(x) and f(ρ_g x) over patch tokens, by transformation and layer.
 
     The mean over images, tokens and the elements of a transformation: "rotation" by one, two and three quarter turns,
-    "flip", and "scale" of both sides by 5/6 and 7/6, in whole patches and at least one (left out, key and all, for a model of
-    one static image size). f is the output of a block, before the final norm, [CLS] where the model has it.
+    "flip", and "scale" of both sides by 5/6 and 7/6, in whole patches and at least one (left out, key and all, for a
+    model of one static image size). f is the output of a block, before the final norm, [CLS] where the model has it.
 
     Two readings, because a high cosine alone proves nothing: tokens that hardly vary over space score near 1 under
     any action.
