@@ -12,8 +12,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from act import seconds
 from environment import save
+from memory import child, peak
 from torch import Tensor
 
 from ser_reg import patch_ntxent
@@ -84,32 +83,11 @@ def time_forms(images: int) -> dict[str, Any]:
     return {"images": images, "seconds": spent}
 
 
-def peak_bytes(name: str, images: int) -> int:
-    """Largest resident size less that of the tokens standing there, in a process of its own (Linux)."""
-    command = [sys.executable, __file__, "--form", name, "--images", str(images)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def measure_peak(name: str, images: int) -> None:
+def measure_peak(name: str, images: int) -> int:
     """What the child process does."""
-    small = tokens(2)
-    FORMS[name](*small)  # libraries load what they need
+    FORMS[name](*tokens(2))  # libraries load what they need
     z1, z2 = tokens(images)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        FORMS[name](z1, z2)
-        print(torch.cuda.max_memory_allocated() - before)
-    else:
-        before = status("VmRSS")
-        FORMS[name](z1, z2)
-        print(status("VmHWM") - before)
-
-
-def status(field: str) -> int:
-    """Bytes, from the kernel's account of this process. (getrusage's maximum begins with that of the parent.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return peak(lambda: FORMS[name](z1, z2))
 
 
 def ratio(row: dict[str, Any], other: str) -> tuple[float, float, float]:
@@ -133,7 +111,10 @@ def weigh_forms() -> list[dict[str, Any]]:
     rows = []
     for images in WEIGHED:
         names = ["ours", *(["released", "dense"] if images <= DENSE_UP_TO else [])]
-        row = {"images": images, "peak_bytes": {name: peak_bytes(name, images) for name in names}}
+        row = {
+            "images": images,
+            "peak_bytes": {name: child(__file__, "--form", name, "--images", str(images)) for name in names},
+        }
         rows.append(row)
         peaks = row["peak_bytes"]
         text = ", ".join(f"{name} {bytes_ / 2**20:.0f} MiB" for name, bytes_ in peaks.items())
@@ -148,6 +129,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.form:
-        measure_peak(given.form, given.images)
+        print(measure_peak(given.form, given.images))
     else:
         main()

@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import argparse
 import copy
 from typing import Any
 
@@ -17,6 +18,7 @@ import timm
 import torch
 from act import seconds
 from environment import save
+from memory import child, peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,23 +67,24 @@ class Step:
         loss.backward()
 
 
-def measure(ratio: float) -> dict[str, Any]:
-    step, n = Step(), partition_size(BATCH, ratio)
+def batch(ratio: float) -> tuple[list[list[Tensor]], ViewPair]:
+    """Both views, in the parts b1 and b2."""
+    n = partition_size(BATCH, ratio)
     images = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE)
     pair = EquivariantViews(16)(images[-n:], torch.Generator().manual_seed(0))
-    views = [[images[:-n], pair.x1], [images[:-n].flip(-1), pair.x2]]
+    return [[images[:-n], pair.x1], [images[:-n].flip(-1), pair.x2]], pair
+
+
+def measure(ratio: float) -> dict[str, Any]:
+    step, (views, pair) = Step(), batch(ratio)
     spent: dict[str, list[float]] = {"plain": [], "tap": [], "patch_tokens": []}
-    peaks: dict[str, int] = {}
     for run in range(RUNS + 1):
         for mode, times in spent.items():
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
             time = seconds(lambda mode=mode: step(views, pair, mode), DEVICE)
-            if CUDA:
-                peaks[mode] = torch.cuda.max_memory_allocated()
             if run:  # the first is a warm-up
                 times.append(time)
-    return {"ratio": ratio, "images": n, "seconds": spent, "peak_bytes": peaks}
+    peaks = {mode: child(__file__, "--mode", mode, "--ratio", str(ratio)) for mode in spent}
+    return {"ratio": ratio, "images": len(pair.x1), "seconds": spent, "peak_bytes": peaks}
 
 
 def main() -> None:
@@ -101,4 +104,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=["plain", "tap", "patch_tokens"])
+    parser.add_argument("--ratio", type=float)
+    given = parser.parse_args()
+    if given.mode:
+        one = Step(), *batch(given.ratio)
+        print(peak(lambda: one[0](*one[1:], given.mode)))
+    else:
+        main()

@@ -82,10 +82,12 @@ def loss(rows: Rows) -> list[list[str]]:
 
 def overhead(rows: Rows) -> list[list[str]]:
     step = "{model}, {side} pixels, {batch} images".format(**rows[0])
-    table = [[f"step time / plain step ({step})", "images of the term", "tokens by tap", "by `patch_tokens`"]]
+    head = [f"with the term / without ({step})", "its images", "time, tokens by tap", "by `patch_tokens`"]
+    table = [[*head, "memory, tokens by tap", "by `patch_tokens`"]]
     for row in rows:
-        forms = [against(row, form, "plain") for form in ("tap", "patch_tokens")]
-        table.append([f"r = {row['ratio']:.0%}", str(row["images"]), *forms])
+        times = [against(row, form, "plain") for form in ("tap", "patch_tokens")]
+        peaks = [f"{row['peak_bytes'][form] / row['peak_bytes']['plain']:.2f}" for form in ("tap", "patch_tokens")]
+        table.append([f"r = {row['ratio']:.0%}", str(row["images"]), *times, *peaks])
     return table
 
 
