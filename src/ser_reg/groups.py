@@ -40,7 +40,8 @@ class GroupElement:
     Raises:
         SERError: the parts disagree in length or type, or a factor is not a positive number.
 
-    Make elements on the CPU, where reading their values costs no GPU synchronisation; what acts with them moves them.
+    Elements are values: make new ones instead of writing into their tensors, of which some facts are kept beside.
+    Make them on the CPU, where reading their values costs no GPU synchronisation; what acts with them moves them.
 
     Source: Section 3.1 of the paper ("Geometric group for equivariance").
 

@@ -133,7 +133,7 @@ class EquivariantViews:
         element = drawn[: len(images)]
         if self.photometric is not None:
             with _seeded(generator, images.device):
-                changed = self.photometric(images)
+                changed = self.photometric(images.clone())  # it may work in place, and the other view comes after
             if changed.shape != images.shape:
                 raise SERError(
                     "EquivariantViews(photometric=...)(images)",
