@@ -3,13 +3,12 @@
 import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-
-import ser_reg
 
 __all__ = ["environment", "hardware", "save"]
 
@@ -34,7 +33,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "ser_reg": getattr(ser_reg, "__version__", None),
+        "ser_reg": version("ser-reg"),
     }
 
 

@@ -5,6 +5,9 @@ import copy
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from literal import dense_ntxent
 from processes import Here
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -208,6 +211,52 @@ def test_ddp(run, eager, world, outside):
     for found in run(world, with_ddp, world, outside):
         assert not isinstance(found, Exception), found
         assert_same(found, eager, 1e-4)
+
+
+def shard(counts: tuple[int, ...], rank: int, seed: int):
+    """A rank's images, with a grid and relations of its own."""
+    images = torch.rand(sum(counts), 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+    mine = images[sum(counts[:rank]) : sum(counts[: rank + 1])].double()
+    return EquivariantViews(PATCH, shared_grid=False)(mine, torch.Generator().manual_seed(100 * seed + rank))
+
+
+def term_of_rank(here: Here, counts: tuple[int, ...], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    model, pair = Model().double(), shard(counts, here.rank, seed)
+    z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in pair[:2])
+    loss = model.ser(z1, z2, pair.relative, here.group).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def term_of_all(counts: tuple[int, ...], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """One process, and the formula as it reads, over images of different grids."""
+    model, tokens = Model().double(), ([], [])
+    for rank, count in enumerate(counts):
+        pair = shard(counts, rank, seed)
+        if count:
+            z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in pair[:2])
+            for view, z in zip(tokens, (act(pair.relative, z1), z2), strict=True):
+                view.extend(model.ser.projector(z.flatten(2).mT))
+    loss = dense_ntxent(*tokens, temperature=0.3)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_split_trains_encoder_and_projector_alike(run, world, data):
+    counts = data.draw(st.tuples(*[st.integers(0, 5)] * world).filter(lambda counts: sum(counts) > 1))
+    seed = data.draw(st.integers(0, 99))
+    loss, expected = term_of_all(counts, seed)
+    answers = run(world, term_of_rank, counts, seed)
+    assert not any(isinstance(answer, Exception) for answer in answers), answers
+    torch.testing.assert_close(sum(value for value, _ in answers) / world, loss, rtol=1e-10, atol=1e-10)
+    for name, gradient in expected.items():
+        found = sum(grads.get(name, torch.zeros_like(gradient)) for _, grads in answers) / world
+        torch.testing.assert_close(
+            found, gradient, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def with_accumulation(here: Here) -> dict[str, Tensor]:
