@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "views": {"errors", "groups", "actions", "distributed"},
     "regularizer": {"errors", "groups", "actions", "vit", "distributed", "losses"},
     "metrics": {"errors", "groups", "actions", "vit", "views"},
-    "check": {"errors", "groups", "regularizer", "views", "vit"},
+    "check": {"distributed", "errors", "groups", "regularizer", "views", "vit"},
     "__main__": {"check", "errors", "vit"},
 }
 RUNTIME = {"torch", "timm", "einops"}

@@ -14,7 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ser_reg import EquivariantViews, SERLoss, TokenTap, act, late_cls, patch_ntxent, patch_tokens
+from ser_reg import (
+    EquivariantViews,
+    GroupElement,
+    SERError,
+    SERLoss,
+    TokenTap,
+    act,
+    check,
+    late_cls,
+    patch_ntxent,
+    patch_tokens,
+)
 
 LAYER, DEPTH, DIM, PATCH = 2, 3, 32, 4
 LAMBDA = 0.5
@@ -293,6 +304,31 @@ def test_fsdp2(run, eager):
     for found in run(2, with_fsdp):
         assert not isinstance(found, Exception), found
         assert_same(found, eager, 1e-4)
+
+
+def one_rank_is_wrong(here: Here, wrong: str) -> None:
+    z1, z2 = torch.randn(2, 2, DIM, 5, 6, requires_grad=True)
+    g = GroupElement.identity(2)
+    if here.rank == 1:
+        z1, z2, g = {"nan": (z1, z2 * torch.nan, g), "grid": (z1, z2.mT, g), "channels": (z1[:, 1:], z2, g)}[wrong]
+    SERLoss(DIM)(z1, z2, g, here.group)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "grid", "channels"])
+def test_what_is_wrong_on_one_rank_is_raised_on_all(run, wrong):
+    for answer in run(2, one_rank_is_wrong, wrong):
+        assert isinstance(answer, SERError), answer
+        assert "on rank 1" in answer.call
+
+
+def check_on_a_rank(here: Here) -> None:
+    check(Model().vit, layer=LAYER)
+
+
+def test_check_refuses_to_run_on_one_of_several_ranks(run):
+    for answer in run(1, check_on_a_rank):
+        assert isinstance(answer, SERError), answer
+        assert "one of 4 processes" in answer.given
 
 
 def views_of_rank(here: Here, shared: bool) -> list[tuple]:

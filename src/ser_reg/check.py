@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .distributed import place
 from .errors import SERError
 from .groups import GroupElement
 from .regularizer import SERLoss
@@ -80,7 +81,7 @@ def check(
         world_size: ranks.
 
     Raises:
-        SERError: fewer than three images, or what the calls in your loop would raise.
+        SERError: fewer than three images, a process group of several ranks, or what the calls in your loop would raise.
 
     Example:
         >>> import timm
@@ -89,6 +90,14 @@ def check(
         >>> report.passed, len(report.findings)
         (True, 4)
     """
+    _, ranks = place()
+    if ranks > 1:
+        raise SERError(
+            "check(vit)",
+            f"one of {ranks} processes",
+            "a process by itself: the check starts a second one",
+            "check(vit)  # ahead of torch.distributed.init_process_group",
+        )
     vit = copy.deepcopy(vit).eval()
     images = _noise(vit) if images is None else images
     if images.ndim != 4 or len(images) < 3:

@@ -110,9 +110,13 @@ def contrast(
     symmetric: bool,
     chunk_size: int | None,
     group: "dist.ProcessGroup | None",
+    error: SERError | None = None,
 ) -> Contrast:
-    """`patch_ntxent`, same arguments, with its diagnostics: they cost one more look at up to 256 anchors."""
-    loss, counts, others = _loss(z1, z2, temperature, symmetric, chunk_size, group)
+    """`patch_ntxent`, same arguments, with its diagnostics: they cost one more look at up to 256 anchors.
+
+    `error` is why this rank cannot take part, if the caller has found a reason: every rank then raises it.
+    """
+    loss, counts, others = _loss(z1, z2, temperature, symmetric, chunk_size, group, error)
     total = sum(images * tokens for images, tokens in counts)
     chance = sum(images * tokens * math.log(1 + 2 * (total - tokens)) for images, tokens in counts) / total
     others = None if others is None else others.detach()
@@ -127,11 +131,12 @@ def _loss(
     symmetric: bool,
     chunk_size: int | None,
     group: "dist.ProcessGroup | None",
+    error: SERError | None = None,
 ) -> tuple[Tensor, list[tuple[int, ...]], Tensor | None]:
     """The loss, (images, tokens of each) of every rank, and the tokens of all other ranks, ready to be keys."""
     differentiate = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
     rank, world = place(group)
-    counts = _counts(z1, z2, temperature, symmetric, chunk_size, differentiate, world, group)
+    counts = _counts(z1, z2, temperature, symmetric, chunk_size, differentiate, world, group, error)
     weight, others = 1.0, None
     if world > 1:
         anchors = [images * tokens for images, tokens in counts]
@@ -154,10 +159,11 @@ def _counts(
     differentiate: bool,
     world: int,
     group: "dist.ProcessGroup | None",
+    error: SERError | None = None,
 ) -> list[tuple[int, ...]]:
     """(images, tokens of each) of every rank, once all input is found to be valid and in agreement."""
     call = f"patch_ntxent(z1, z2, temperature={temperature}, symmetric={symmetric}, chunk_size={chunk_size})"
-    error = _complaint(call, z1, z2, temperature, chunk_size)
+    error = error or _complaint(call, z1, z2, temperature, chunk_size)
     if world == 1:
         if error is not None:
             raise error

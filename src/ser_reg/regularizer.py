@@ -105,36 +105,46 @@ class SERLoss(nn.Module):
             group: the processes whose images are one batch; by default all there are.
 
         Raises:
-                SERError: maps of other shapes or devices, grids that differ after the action, one image over all ranks,
-                features without gradient in training, or, on a CPU, non-finite features.
+            SERError: maps of other shapes or devices, grids that differ after the action, one image over all ranks,
+                features without gradient in training, or, on a CPU, non-finite features. In a distributed run it is
+                raised on every rank.
         """
         call = f"ser(z1 {tuple(z1.shape)}, z2 {tuple(z2.shape)}, relative)"
-        self._check(call, z1, z2)
         # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
         with torch.autocast(z1.device.type, enabled=False):
-            weight = next(self.projector.parameters())
-            dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-            z1, z2 = z1.to(dtype), z2.to(dtype)
-            finite = torch.stack([z1.detach().isfinite().all(), z2.detach().isfinite().all()])
-            if finite.device.type == "cpu" and not torch.compiler.is_compiling():
-                _raise_unless_finite(call, finite)
-            if len(z1):
-                z1 = act(relative, z1)
-            else:  # a rank without images takes part in the gather all the same
-                z1 = z1.sum((-2, -1), keepdim=True).expand(-1, -1, *z2.shape[-2:])
-            if z1.shape != z2.shape:
-                height, width = z1.shape[-2:]
-                raise SERError(
-                    call,
-                    f"the action makes {height} x {width} of z1's grid, z2 has {z2.shape[-2]} x {z2.shape[-1]}",
-                    "the relation of these two views",
-                    "ser(z1, z2, pair.relative)",
-                )
-            tokens1, tokens2 = (self.projector(rearrange(z, "b d h w -> b (h w) d").to(weight.dtype)) for z in (z1, z2))
+            error = None
+            try:
+                tokens1, tokens2, finite = self._tokens(call, z1, z2, relative)
+            except SERError as found:
+                error, tokens1, tokens2 = found, z1, z2  # never looked at: other ranks hear of it, and all raise
             loss, chance, accuracy = contrast(
-                tokens1, tokens2, self.temperature, symmetric=True, chunk_size=None, group=group
+                tokens1, tokens2, self.temperature, symmetric=True, chunk_size=None, group=group, error=error
             )
             return SEROutput(loss, chance, accuracy, _spread(tokens1.detach(), tokens2.detach()), finite)
+
+    def _tokens(self, call: str, z1: Tensor, z2: Tensor, relative: GroupElement) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections (B, N, P) of both views, view 1 acted on first, and whether the features were finite."""
+        self._check(call, z1, z2)
+        weight = next(self.projector.parameters())
+        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        z1, z2 = z1.to(dtype), z2.to(dtype)
+        finite = torch.stack([z1.detach().isfinite().all(), z2.detach().isfinite().all()])
+        if finite.device.type == "cpu" and not torch.compiler.is_compiling():
+            _raise_unless_finite(call, finite)
+        if len(z1):
+            z1 = act(relative, z1)
+        else:  # a rank without images takes part in the gather all the same
+            z1 = z1.sum((-2, -1), keepdim=True).expand(-1, -1, *z2.shape[-2:])
+        if z1.shape != z2.shape:
+            height, width = z1.shape[-2:]
+            raise SERError(
+                call,
+                f"the action makes {height} x {width} of z1's grid, z2 has {z2.shape[-2]} x {z2.shape[-1]}",
+                "the relation of these two views",
+                "ser(z1, z2, pair.relative)",
+            )
+        tokens1, tokens2 = (self.projector(rearrange(z, "b d h w -> b (h w) d").to(weight.dtype)) for z in (z1, z2))
+        return tokens1, tokens2, finite
 
     def _check(self, call: str, z1: Tensor, z2: Tensor) -> None:
         for name, z in (("z1", z1), ("z2", z2)):
