@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "regularizer": {"errors", "groups", "actions", "vit", "distributed", "losses"},
     "metrics": {"errors", "groups", "actions", "vit", "views"},
     "check": {"distributed", "errors", "groups", "regularizer", "views", "vit"},
+    "encoders": {"errors", "vit"},
     "__main__": {"check", "errors", "vit"},
 }
-RUNTIME = {"torch", "timm", "einops"}
+RUNTIME = {"torch", "timm", "einops", "safetensors"}  # timm brings the last
 
 
 def imports(path):

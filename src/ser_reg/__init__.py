@@ -2,13 +2,14 @@
 
 from .actions import act
 from .check import CheckReport, check
+from .encoders import export_timm, load_encoder
 from .errors import SERError
 from .groups import GroupElement
 from .losses import patch_ntxent
 from .metrics import equivariance_score
 from .regularizer import SERLoss, SEROutput
 from .views import EquivariantViews, ViewPair, partition_size
-from .vit import TokenTap, late_cls, patch_tokens
+from .vit import TokenTap, cls_layer, late_cls, patch_tokens
 
 __all__ = [
     "CheckReport",
@@ -21,8 +22,11 @@ __all__ = [
     "ViewPair",
     "act",
     "check",
+    "cls_layer",
     "equivariance_score",
+    "export_timm",
     "late_cls",
+    "load_encoder",
     "partition_size",
     "patch_ntxent",
     "patch_tokens",

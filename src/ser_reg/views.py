@@ -109,6 +109,29 @@ class EquivariantViews:
         (x1, g1), (x2, g2) = (self._view(images, generator) for _ in range(2))
         return ViewPair(x1, x2, g1, g2)
 
+    def elements(
+        self, n: int, size: tuple[int, int], generator: torch.Generator | None = None
+    ) -> tuple[GroupElement, GroupElement]:
+        """The geometric half alone, for loaders that do the photometric half elsewhere: n elements for each view.
+
+        ``ViewPair(act(g1, x1, antialias=True), act(g2, x2, antialias=True), g1, g2)`` is then the pair. Ranks that
+        draw for the whole batch from the same generator, with ``shared_grid=False``, and keep their own part share
+        everything without a word between them.
+
+        Args:
+            n: images, at least one.
+            size: (height, width) of the images, in pixels.
+            generator: source of all randomness; without one, the global state is used.
+
+        Example:
+            >>> views = EquivariantViews(patch_size=16, shared_grid=False)
+            >>> g1, g2 = views.elements(4, (224, 224), generator=torch.Generator().manual_seed(1))
+            >>> g1.output_size((224, 224)), g2.output_size((224, 224))
+            ((208, 176), (208, 224))
+        """
+        device = torch.device("cpu") if generator is None else generator.device
+        return self._draw(n, size, device, generator), self._draw(n, size, device, generator)
+
     def _check(self, images: Tensor) -> None:
         call = f"{type(self).__name__}(patch_size={self.patch_size})(images)"
         if images.ndim != 4:

@@ -18,6 +18,7 @@ from .errors import SERError
 __all__ = [
     "TokenTap",
     "accepts_any_size",
+    "cls_layer",
     "create",
     "depth",
     "late_cls",
@@ -283,14 +284,39 @@ class TokenTap:
                 self._tokens = _as_map(args[0][:, self._vit.num_prefix_tokens :], self._grid)
 
 
-def create(name: str) -> nn.Module:
-    """An untrained timm model by name, without a classifier, that takes images of any size if its kind can."""
+def cls_layer(vit: nn.Module) -> int:
+    """After how many blocks the prefix tokens join: what `late_cls` was last called with, 0 for plain timm.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, num_classes=0)
+        >>> cls_layer(vit), cls_layer(late_cls(vit, layer=2))
+        (0, 2)
+    """
+    forwards = (vars(block).get("forward") for block in _timm("cls_layer(vit)", vit).blocks)
+    return sum(isinstance(late, partial) and late.func is _forward_patches for late in forwards)
+
+
+def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """A timm model by name, without a classifier, that takes images of any size if its kind can.
+
+    Raises:
+        SERError: there is no such model, or its weights cannot be had.
+    """
+    call = f"create({name!r}, pretrained={pretrained})"
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # not a ViT: what it is used for says so better than its constructor
-        return timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:
-        call, remedy = f"create({name!r})", f"timm.list_models('*{name.split('_')[0]}*')"
+        try:
+            return timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **({"dynamic_img_size": True} | arguments)
+            )
+        except TypeError:  # not a ViT: what it is used for says so better than its constructor
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except (RuntimeError, OSError, ValueError) as error:  # a hub that cannot be reached raises errors of many kinds
+        stem = name.split(".")[0]
+        if pretrained and timm.is_model(stem):
+            remedy = f"create({name!r}, pretrained=False)  # random weights"
+            raise SERError(call, str(error).split("\n")[0], "weights that can be downloaded", remedy) from error
+        remedy = f"timm.list_models('*{stem.split('_')[0]}*')"
         raise SERError(call, str(error), "the name of a timm model", remedy) from error
 
 
