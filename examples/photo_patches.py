@@ -12,29 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import skimage.data
 import torch
-from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_image
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ser_reg import SERError
+from ser_reg import SERError, embedded_photographs, read_image
 
 __all__ = ["PatchData", "embedded_photographs", "load_patches", "read_image", "split_in_space"]
-
-COLOUR = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "retina",
-    "rocket",
-    "stereo_motorcycle",
-)
-GREY = ("brick", "camera", "cell", "clock", "coins", "grass", "gravel", "moon", "page", "text")
-SAMPLES = ("china.jpg", "flower.jpg")  # scikit-learn's
 
 TRAIN_PART = 0.7
 # Sides of a crop over the shorter side of its photograph. Less than 0.3, so that one fits the held-out part.
@@ -81,39 +66,12 @@ def load_patches(folder: Path | None, image_size: int, per_photo: tuple[int, int
     return _whole_images(folder, classes, image_size, generator)
 
 
-def embedded_photographs() -> dict[str, Tensor]:
-    """The photographs by name, each (3, H, W) uint8; nothing is downloaded."""
-    arrays = {name: getattr(skimage.data, name)() for name in COLOUR + GREY}
-    arrays["stereo_motorcycle"] = arrays["stereo_motorcycle"][0]  # the left view of three arrays
-    arrays |= {name: load_sample_image(name) for name in SAMPLES}
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    return {name: t.permute(2, 0, 1) if t.ndim == 3 else t.expand(3, -1, -1) for name, t in tensors.items()}
-
-
 def split_in_space(photograph: Tensor) -> tuple[Tensor, Tensor]:
     """The training part and the held-out part of (C, H, W): left and right, or top and bottom of a tall one."""
     axis = -1 if photograph.shape[-1] >= photograph.shape[-2] else -2
     length = photograph.shape[axis]
     border = round(TRAIN_PART * length)
     return photograph.narrow(axis, 0, border), photograph.narrow(axis, border, length - border)
-
-
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8, upright as the camera held it.
-
-    Raises:
-        SERError: Pillow cannot read the file.
-    """
-    try:
-        with Image.open(path) as image:
-            return F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise SERError(
-            f"read_image({str(path)!r})",
-            str(error),
-            "an image that Pillow can read",
-            f"mv '{path}' '{path}.unreadable'  # files of no image ending are passed over",
-        ) from error
 
 
 def _patches_of_photographs(

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 __all__ = ["accuracies", "embed", "knn_accuracy", "linear_accuracy"]
 
+# Features compared at a time, so that 50,000 against 1,281,167 need a few hundred MB beside the features.
+QUERIES, BANK = 4096, 2**14
+
 
 @torch.no_grad()
 def embed(vit: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
@@ -31,14 +34,27 @@ def accuracies(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: T
 
 
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+    device: torch.device | None = None,
 ) -> float:
-    """Vote of the k nearest by cosine, each with weight exp(cosine / temperature), as in DINO's evaluation."""
-    cosine = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    nearest, index = cosine.topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
-    votes.scatter_add_(1, train_labels[index], (nearest / temperature).exp())
-    return (votes.argmax(1) == test_labels).double().mean().item()
+    """Vote of the k nearest by cosine, each with weight exp(cosine / temperature), as in DINO's evaluation.
+
+    The features stay where they are; a part of them at a time is compared on `device`, by default there as well.
+    """
+    device = train.device if device is None else device
+    classes = int(train_labels.max()) + 1
+    right = 0.0
+    for queries, labels in zip(test.split(QUERIES), test_labels.split(QUERIES), strict=True):
+        cosine, index = _nearest(F.normalize(queries.to(device), dim=1), train, k)
+        votes = torch.zeros(len(queries), classes, device=device)
+        votes.scatter_add_(1, train_labels.to(device)[index], (cosine / temperature).exp())
+        right += (votes.argmax(1) == labels.to(device)).double().sum().item()
+    return right / len(test)
 
 
 def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
@@ -46,3 +62,17 @@ def linear_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labe
     probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-3, max_iter=10_000))
     probe.fit(train.numpy(), train_labels.numpy())
     return float(probe.score(test.numpy(), test_labels.numpy()))
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine and place of the k nearest in the bank, (M, k) each, for (M, D) normalised queries."""
+    cosines, places = [], []
+    for start in range(0, len(bank), BANK):
+        part = F.normalize(bank[start : start + BANK].to(queries.device), dim=1)
+        cosine, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        cosines.append(cosine)
+        places.append(index + start)
+    if len(cosines) == 1:
+        return cosines[0], places[0]
+    cosine, chosen = torch.cat(cosines, dim=1).topk(min(k, len(bank)), dim=1)
+    return cosine, torch.cat(places, dim=1).gather(1, chosen)

@@ -24,7 +24,32 @@ MAY_IMPORT = {
     "metrics": {"errors", "groups", "actions", "vit", "views"},
     "check": {"distributed", "errors", "groups", "regularizer", "views", "vit"},
     "encoders": {"errors", "vit"},
-    "__main__": {"check", "errors", "vit"},
+    "photographs": {"errors"},
+    "report_findings": set(),
+    "report_images": {"errors", "photographs"},
+    "report_maps": {"actions", "groups", "metrics", "report_plots", "vit"},
+    "report_page": {"report_plots"},
+    "report_plots": {"report_probes"},
+    "report_probes": {"actions", "groups", "vit"},
+    "report": {
+        "encoders",
+        "errors",
+        "metrics",
+        "report_findings",
+        "report_images",
+        "report_maps",
+        "report_page",
+        "report_probes",
+        "vit",
+    },
+    "__main__": {"check", "encoders", "errors", "report", "vit"},
+}
+EXTRA = {  # what `pip install "ser-reg[report]"` brings
+    "photographs": {"PIL", "skimage", "sklearn", "torchvision"},
+    "report": {"rich"},
+    "report_maps": {"matplotlib", "numpy", "sklearn"},
+    "report_plots": {"matplotlib"},
+    "report_probes": {"numpy", "sklearn"},
 }
 RUNTIME = {"torch", "timm", "einops", "safetensors"}  # timm brings the last
 
@@ -51,7 +76,7 @@ def test_rooms(room):
     ours, others = imports(PACKAGE / f"{room}.py")
     assert ours <= MAY_IMPORT[room]
     packages = {name.split(".")[0] for name in others} - set(sys.stdlib_module_names)
-    assert packages <= RUNTIME
+    assert packages <= RUNTIME | EXTRA.get(room, set())
     assert ("timm" in packages) == (room == "vit")
 
 
@@ -59,8 +84,15 @@ def test_top_rooms_are_imported_by_the_package_alone():
     for path in PACKAGE.glob("*.py"):
         ours, _ = imports(path)
         assert path.stem in ("__init__", "check") or "regularizer" not in ours
-        assert path.stem == "__init__" or "metrics" not in ours
+        assert path.stem in ("__init__", "report", "report_maps") or "metrics" not in ours
         assert path.stem in ("__init__", "__main__") or "check" not in ours
+        assert path.stem == "__main__" or "report" not in ours
+
+
+def test_import_leaves_extras_alone():
+    extras = "{'matplotlib', 'rich', 'skimage', 'sklearn'}"
+    code = f"import sys, ser_reg, ser_reg.__main__; assert not {extras} & set(sys.modules), set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: p.name)

@@ -7,6 +7,7 @@ from .errors import SERError
 from .groups import GroupElement
 from .losses import patch_ntxent
 from .metrics import equivariance_score
+from .photographs import embedded_photographs, read_image
 from .regularizer import SERLoss, SEROutput
 from .views import EquivariantViews, ViewPair, partition_size
 from .vit import TokenTap, cls_layer, late_cls, patch_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "act",
     "check",
     "cls_layer",
+    "embedded_photographs",
     "equivariance_score",
     "export_timm",
     "late_cls",
@@ -30,4 +32,5 @@ __all__ = [
     "partition_size",
     "patch_ntxent",
     "patch_tokens",
+    "read_image",
 ]

@@ -13,7 +13,7 @@ from .errors import SERError
 from .groups import GroupElement
 from .vit import accepts_any_size, depth, layer_tokens, patch_size
 
-__all__ = ["equivariance_score"]
+__all__ = ["equivariance_score", "transformations"]
 
 BATCH = 64  # images at a time
 STEP = 1 / 6  # of a side, what "scale" takes away or adds: inside the range of T_eq
@@ -28,8 +28,9 @@ def equivariance_score(
     """Cosine between ρ_g f(x) and f(ρ_g x) over patch tokens, by transformation and layer.
 
     The mean over images, tokens and the elements of a transformation: "rotation" by one, two and three quarter turns,
-    "flip", and "scale" of both sides by 5/6 and 7/6, in whole patches and at least one (left out, key and all, for a
-    model of one static image size). f is the output of a block, before the final norm, [CLS] where the model has it.
+    "flip", and "scale" of both sides by 5/6 and 7/6, in whole patches and at least one. A model of one static image
+    size is scored without "scale" and, if that size is not square, without "rotation": the keys are left out. f is
+    the output of a block, before the final norm, [CLS] where the model has it.
 
     Two readings, because a high cosine alone proves nothing: tokens that hardly vary over space score near 1 under
     any action.
@@ -41,7 +42,7 @@ def equivariance_score(
 
     Args:
         vit: a timm ViT that `patch_tokens` accepts; left in the mode it was in.
-        images: (B, C, H, W), at least two; square ones, as quarter turns need the model to take the turned size.
+        images: (B, C, H, W), at least two, square or not.
         layers: numbers of blocks already run; all blocks by default.
         generator: which other image serves as the floor.
 
@@ -75,7 +76,7 @@ def equivariance_score(
         with torch.no_grad():
             tokens = _tokens(vit, images, chosen)
             scores: dict[str, dict[int, dict[str, float]]] = {}
-            for name, elements in _transformations(vit, images).items():
+            for name, elements in transformations(vit, images).items():
                 readings = []
                 for g in elements:
                     moved = _tokens(vit, act(g, images, antialias=True), chosen)
@@ -90,20 +91,24 @@ def equivariance_score(
     return scores
 
 
-def _transformations(vit: nn.Module, images: Tensor) -> dict[str, list[GroupElement]]:
+def transformations(vit: nn.Module, images: Tensor) -> dict[str, list[GroupElement]]:
+    """What images of this size can be scored with, single elements by the name of the transformation."""
+
     def element(turns: int, flip: bool, scale: tuple[float, float] = (1.0, 1.0)) -> GroupElement:
         return GroupElement(torch.tensor([turns]), torch.tensor([flip]), torch.tensor([scale], dtype=torch.float64))
 
-    transformations = {"rotation": [element(k, False) for k in (1, 2, 3)], "flip": [element(0, True)]}
+    found = {"rotation": [element(k, False) for k in (1, 2, 3)], "flip": [element(0, True)]}
+    if images.shape[-2] != images.shape[-1] and not accepts_any_size(vit):
+        del found["rotation"]  # a turned image has another size
     if accepts_any_size(vit):
         patch = patch_size(vit)
         sides = images.shape[-2:]
         grid = [max(1, round(side / patch)) for side in sides]
         grids = [[max(1, n + sign * max(1, round(n * STEP))) for n in grid] for sign in (-1, 1)]
-        transformations["scale"] = [
+        found["scale"] = [
             element(0, False, (rows * patch / sides[0], columns * patch / sides[1])) for rows, columns in grids
         ]
-    return transformations
+    return found
 
 
 def _other(n: int, generator: torch.Generator | None) -> Tensor:

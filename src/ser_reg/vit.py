@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -23,8 +24,11 @@ __all__ = [
     "depth",
     "late_cls",
     "layer_tokens",
+    "native_pixels",
     "patch_size",
     "patch_tokens",
+    "position_coding",
+    "without_positions",
 ]
 
 ViT = TypeVar("ViT", bound=nn.Module)
@@ -33,6 +37,7 @@ ViT = TypeVar("ViT", bound=nn.Module)
 # told about the prefix by `num_prefix_tokens` alone. A subclass counts as long as it leaves these methods as they are.
 _FAMILIES = (VisionTransformer, VisionTransformerDistilled, Eva)
 _SEQUENCE = ("_pos_embed", "forward_features", "forward_intermediates")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
 
 def late_cls(vit: ViT, layer: int) -> ViT:
@@ -337,6 +342,50 @@ def patch_size(vit: nn.Module) -> int:
 def accepts_any_size(vit: nn.Module) -> bool:
     """Whether images may differ in size from the one that the model was built for."""
     return bool(_timm("accepts_any_size(vit)", vit).dynamic_img_size)
+
+
+def native_pixels(vit: nn.Module) -> tuple[tuple[int, int], list[float], list[float]]:
+    """What images the model was built for: (height, width), and mean and standard deviation of its input pixels."""
+    model = _timm("native_pixels(vit)", vit)
+    rows, columns = model.patch_embed.feat_ratio(as_scalar=False)
+    size = model.patch_embed.img_size or (224 // rows * rows, 224 // columns * columns)
+    pixels = getattr(model, "pretrained_cfg", None) or {}  # a class that was called by itself has none
+    mean, std = (pixels.get(key, default) for key, default in (("mean", _MEAN), ("std", _STD)))
+    return (int(size[0]), int(size[1])), list(mean), list(std)
+
+
+def position_coding(vit: nn.Module) -> list[str]:
+    """How the model is told places, in words; empty if it is not."""
+    model = _timm("position_coding(vit)", vit)
+    kinds = []
+    if model.pos_embed is not None:
+        kinds.append("absolute (an embedding added to the patches)")
+    if getattr(model, "rope", None) is not None:
+        kinds.append(f"rotary (in the attention of every block, {type(model.rope).__name__})")
+    return kinds
+
+
+def without_positions(vit: ViT) -> ViT:
+    """A copy that is not told places: it treats any order of its patches alike.
+
+    Every patch gets the mean of the absolute embeddings of all places, so that later blocks still see the offset with
+    which they were trained; what prefix tokens get stays. Rotary embedding is switched off.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0).eval()
+        >>> tokens = patch_tokens(without_positions(vit), torch.ones(1, 3, 32, 32), layer=1)
+        >>> torch.allclose(tokens, tokens[..., :1, :1].expand_as(tokens), atol=1e-5)
+        True
+    """
+    _timm("without_positions(vit)", vit)
+    copy: Any = deepcopy(vit)
+    if copy.pos_embed is not None:
+        places = copy.pos_embed.data[:, 0 if copy.no_embed_class else copy.num_prefix_tokens :]
+        places.copy_(places.mean(1, keepdim=True).expand_as(places))
+    if getattr(copy, "rope", None) is not None:
+        copy.rope = None
+    return cast(ViT, copy)
 
 
 def _overridden(kind: type, family: type) -> list[str]:

@@ -1,0 +1,158 @@
+"""Classifiers on frozen features, linear and not: trained, and their learning rate chosen, without the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from pretraining.schedules import cosine
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ser_reg import SERError
+
+from .progress import Progress
+
+__all__ = ["Batches", "CachedBatches", "Kind", "choose_rate", "fit", "linear", "mlp", "predict", "split", "top"]
+
+HELD_OUT = 0.1  # part of the training images on which a learning rate is chosen ...
+HELD_OUT_MOST = 50_000  # ... and no more than these
+
+
+class Kind(NamedTuple):
+    """A classifier, untrained, and how it is trained at a learning rate."""
+
+    build: Callable[[int, int], nn.Module]
+    """Of channels and classes."""
+    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+
+
+class Batches(Protocol):
+    """What a classifier is trained on: features and labels, drawn anew in every epoch; a label of -100 is none."""
+
+    steps: int
+    """In an epoch."""
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, D) features and (B,) labels, on the device to train on."""
+        ...
+
+
+class CachedBatches:
+    """Batches of features that are at hand; a last batch that is not full waits for another epoch."""
+
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, device: torch.device) -> None:
+        self.features, self.labels = features, labels
+        self.batch_size, self.seed, self.device = min(batch_size, len(labels)), seed, device
+        self.steps = len(labels) // self.batch_size
+
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.seed + 1000 * epoch))
+        for batch in order.split(self.batch_size)[: self.steps]:
+            yield self.features[batch].to(self.device), self.labels[batch].to(self.device)
+
+
+def linear() -> Kind:
+    """One layer, SGD with momentum 0.9 and no decay, as in MoCo-v3's and DINO's evaluation."""
+
+    def build(channels: int, classes: int) -> nn.Module:
+        layer = nn.Linear(channels, classes)
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+    return Kind(build, lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9))
+
+
+def mlp(hidden: int) -> Kind:
+    """Three layers with ReLU between them, Adam without decay.
+
+    The paper names three layers and Garrido et al. (2023), and gives no more; theirs have 1024 channels and Adam.
+    """
+
+    def build(channels: int, classes: int) -> nn.Module:
+        widths = (channels, hidden), (hidden, hidden)
+        layers = [module for width in widths for module in (nn.Linear(*width), nn.ReLU(inplace=True))]
+        return nn.Sequential(*layers, nn.Linear(hidden, classes))
+
+    return Kind(build, lambda parameters, rate: torch.optim.Adam(parameters, rate))
+
+
+def split(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Places among n training images: those to train on, and those held out to choose the learning rate."""
+    if n < 2:
+        raise SERError("evaluate.py", f"{n} training images", "two at least: one is held out", "--data FOLDER")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = min(HELD_OUT_MOST, max(1, round(HELD_OUT * n)))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def fit(
+    kind: Kind,
+    channels: int,
+    classes: int,
+    rates: Sequence[float],
+    batches: Batches,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    show: Callable[[int], object] = lambda epoch: None,
+) -> list[nn.Module]:
+    """One classifier for each learning rate, all on the same batches; each rate falls along a cosine to 0.
+
+    They start from the same weights. What is returned is the end of the training, not its best epoch. With `progress`
+    it goes on after the last whole epoch, if it was stopped.
+    """
+    heads = []
+    for _ in rates:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads.append(kind.build(channels, classes).to(device))
+    optimizers = [kind.optimizer(head.parameters(), rate) for head, rate in zip(heads, rates, strict=True)]
+    state = (progress and progress.load()) or {"epochs": 0}
+    if state["epochs"]:
+        for trained, states in ((heads, state["heads"]), (optimizers, state["optimizers"])):
+            for part, values in zip(trained, states, strict=True):
+                part.load_state_dict(values)
+    for epoch in range(state["epochs"], epochs):
+        for place, (features, labels) in enumerate(batches(epoch)):
+            done = (epoch + place / batches.steps) / epochs
+            for head, optimizer, rate in zip(heads, optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = cosine(done, rate, 0.0)
+                # A sum over the labels there are: a batch without any would have a mean of nan.
+                lost = F.cross_entropy(head(features), labels, reduction="sum")
+                loss = lost / (labels >= 0).sum().clamp(min=1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        if progress:
+            states = ([part.state_dict() for part in parts] for parts in (heads, optimizers))
+            progress.save({"epochs": epoch + 1} | dict(zip(("heads", "optimizers"), states, strict=True)))
+        show(epoch)
+    return [head.eval() for head in heads]
+
+
+def choose_rate(
+    heads: Sequence[nn.Module], rates: Sequence[float], features: Tensor, labels: Tensor
+) -> dict[float, float]:
+    """Accuracy of each learning rate on held-out training images, the best first; a diverged one has 0."""
+    found = {}
+    for head, rate in zip(heads, rates, strict=True):
+        scores = predict(head, features)
+        found[rate] = top(scores, labels, 1) if scores.isfinite().all() else 0.0
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+@torch.inference_mode()
+def predict(head: nn.Module, features: Tensor) -> Tensor:
+    """(N, classes) logits on the CPU."""
+    device = next(head.parameters()).device
+    return torch.cat([head(part.to(device)).cpu() for part in features.split(8192)])
+
+
+def top(scores: Tensor, labels: Tensor, k: int) -> float:
+    """How often the label is among the k highest scores, as a part of 1."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).double().mean().item()

@@ -1,0 +1,89 @@
+"""Checkpoints: whole or not there, of tensors and plain values only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import atomically
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from ser_reg import SERError
+
+from .settings import Settings
+
+__all__ = ["restore", "save", "saved"]
+
+NAME = "checkpoint.pt"
+
+
+def save(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    settings: Settings,
+    step: int,
+    is_main: bool,
+) -> None:
+    """Write OUTPUT_DIR/checkpoint.pt. All processes have to call; the main one writes.
+
+    Order of images, crops, geometry and dropped paths are functions of the seed and the number of the step, so that
+    these two are all that there is to keep of samplers and random numbers.
+    """
+    model, optimisation = get_state_dict(module, optimizer, options=_whole())
+    if not is_main:
+        return
+    state = {
+        "model": model,
+        "optimizer": optimisation,
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "step": step,
+        "seed": settings.seed,
+        "settings": settings.plain(),
+    }
+    with atomically(folder / NAME) as part, part.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # or the name could outlive a power cut and the content not
+
+
+def saved(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """The checkpoint of this run, if there is one.
+
+    Raises:
+        SERError: it cannot be read, or belongs to a run of other settings.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    anew = f"--resume never --output-dir {folder}  # or another --output-dir"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises errors of many kinds for a damaged file
+        raise SERError(f"torch.load({str(path)!r})", str(error).split("\n")[0], "a whole checkpoint", anew) from error
+    if different := settings.same_run(state["settings"]):
+        values = ", ".join(
+            f"{name}={state['settings'].get(name)} there and {settings.plain().get(name)} here" for name in different
+        )
+        raise SERError(f"resume from {str(path)!r}", values, "the same settings as in its run", anew)
+    return state
+
+
+def restore(
+    state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> int:
+    """Put a checkpoint back; returns the number of steps that are done."""
+    set_state_dict(
+        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_whole()
+    )
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _whole() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)

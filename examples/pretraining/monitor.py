@@ -1,0 +1,87 @@
+"""How the training goes, while it goes: k-NN on held-out images, and a warning when features collapse."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from probes import knn_accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from .dataset import LabelledDataset
+from .policies import evaluation, normalise
+from .sources import Source
+
+__all__ = ["Collapse", "embeddings", "knn"]
+
+
+@torch.no_grad()
+def embeddings(
+    encoder: nn.Module, source: Source, size: int, accelerator: Accelerator, workers: int
+) -> tuple[Tensor, Tensor]:
+    """(N, D) embeddings and (N,) labels of all images of a source, computed by all processes, on the CPU of each.
+
+    Images that cannot be read are left out.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    data = LabelledDataset(source, evaluation(size))
+    loader = DataLoader(Subset(data, range(rank, len(data), ranks)), batch_size=256, num_workers=workers)
+    training = encoder.training
+    encoder.eval()
+    features, labels = [], []
+    for images, those in loader:
+        with accelerator.autocast():
+            features.append(encoder(normalise(images.to(accelerator.device))).float())
+        labels.append(those.to(accelerator.device))
+    encoder.train(training)
+    width = encoder.num_features
+    # All processes give equally many rows, as a gather wants; those that stand for no image have label -1.
+    rows = -(-len(data) // ranks)
+    padded = torch.zeros(rows, width, device=accelerator.device)
+    marks = torch.full((rows,), -1, device=accelerator.device)
+    found = sum(len(part) for part in labels)
+    if found:
+        padded[:found], marks[:found] = torch.cat(features), torch.cat(labels)
+    padded, marks = accelerator.gather(padded).cpu(), accelerator.gather(marks).cpu()
+    return padded[marks >= 0], marks[marks >= 0]
+
+
+def knn(
+    encoder: nn.Module, train: Source, held_out: Source, size: int, accelerator: Accelerator, workers: int
+) -> float:
+    """20-NN accuracy on the held-out images, a part of 1."""
+    bank = embeddings(encoder, train, size, accelerator, workers)
+    asked = embeddings(encoder, held_out, size, accelerator, workers)
+    return knn_accuracy(*bank, *asked)
+
+
+class Collapse:
+    """Warns, once, when the embeddings of all images have become nearly the same.
+
+    Args:
+        threshold: spread (1: directions evenly over all dimensions, 0: all the same) below which they have.
+        patience: steps in a row.
+    """
+
+    def __init__(self, threshold: float = 0.02, patience: int = 50) -> None:
+        self.threshold = threshold
+        self.patience = patience
+        self.low = 0
+        self.warned = False
+
+    def warning(self, spreads: list[float]) -> str | None:
+        """What to tell after these steps, if anything.
+
+        Args:
+            spreads: `embedding_std` of each step.
+        """
+        for spread in spreads:
+            self.low = self.low + 1 if spread < self.threshold else 0
+        if self.warned or self.low < self.patience:
+            return None
+        self.warned = True
+        return (
+            f"The embeddings of all images are nearly the same: spread {spreads[-1]:.4f} of 1 for {self.low} steps. "
+            "The features have collapsed, and a low loss means nothing. Usual remedies: a lower --learning-rate, a "
+            "larger --batch-size, longer --warmup-epochs, a lower --ser-lambda."
+        )

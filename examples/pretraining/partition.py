@@ -1,0 +1,140 @@
+"""Which images a global batch has, which of them are seen whole, and which rank takes which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ser_reg import SERError
+
+from .dataset import Request
+
+__all__ = ["PartitionSampler", "whole_images"]
+
+PERMUTATIONS, VIEWS = 0, 1  # two families of random numbers of one seed
+
+
+class PartitionSampler(Sampler[list[Request]]):
+    """This rank's part of each global batch, for ``DataLoader(batch_sampler=...)``.
+
+    Images, their order, which of them are seen whole, and the seeds of their views are pure functions of the seed and
+    the number of the batch: the same for any number of ranks and workers, and after a restart with another `first`.
+    The last batch of an epoch is left out if it would be short.
+
+    Args:
+        length: number of images.
+        batch_size: images of a global batch, over all ranks.
+        whole: how many of them are in b2; see `whole_images`. They come first in the batch.
+        rank: this process; it takes every world_size-th image of the batch, beginning with image number `rank`, so that
+            all ranks have equally many, and their shares of b2 differ by one at most.
+        world_size: number of processes.
+        seed: of everything.
+        first: number of the first batch, counted from the beginning of the training.
+        last: number of the batch before which to stop; by default the end of the first epoch.
+
+    Raises:
+        SERError: numbers that do not go together.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        whole: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        call = f"PartitionSampler(length={length}, batch_size={batch_size}, whole={whole}, world_size={world_size})"
+        _check_batch(call, batch_size, world_size)
+        if batch_size > length:
+            remedy = f"--batch-size {max(1, length // world_size) * world_size}"
+            raise SERError(call, f"{length} images", f"at least a batch of {batch_size}", remedy)
+        if not 0 <= whole <= batch_size:
+            expected = f"0 to {batch_size} images that are seen whole"
+            raise SERError(call, f"whole={whole}", expected, f"whole_images({batch_size}, 0.01, {world_size})")
+        if not 0 <= rank < world_size:
+            raise SERError(call, f"rank={rank}", f"0 to {world_size - 1}", "PartitionSampler(..., rank=0)")
+        if seed < 0:
+            raise SERError(call, f"seed={seed}", "0 or greater", "--seed 0")
+        last = length // batch_size if last is None else last
+        if not 0 <= first <= last:
+            given = f"first={first}, last={last}"
+            raise SERError(call, given, "0 <= first <= last", "PartitionSampler(..., first=0, last=100)")
+        self.length = length
+        self.batch_size = batch_size
+        self.whole = whole
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.first = first
+        self.last = last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for number in range(self.first, self.last):
+            epoch, place = divmod(number, self.length // self.batch_size)
+            start = place * self.batch_size
+            indices = _permutation(self.length, self.seed, epoch)[start : start + self.batch_size].tolist()
+            seeds = np.random.SeedSequence(self.seed, spawn_key=(VIEWS, number)).generate_state(self.batch_size)
+            requests = [
+                Request(index, position < self.whole, seed)
+                for position, (index, seed) in enumerate(zip(indices, seeds.tolist(), strict=True))
+            ]
+            yield requests[self.rank :: self.world_size]
+
+
+@lru_cache(maxsize=1)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(PERMUTATIONS, epoch))).permutation(length)
+
+
+def whole_images(batch_size: int, ratio: float, world_size: int) -> int:
+    """How many images of a global batch go to b2, the part that is seen whole.
+
+    r times the batch, rounded, and at least one image a rank. `ser_reg.partition_size` is for loops in which each rank
+    deals with its own images: it gives every rank the same share, so that r comes in steps of world_size / batch_size.
+    Here the global batch is divided first, and r is met up to half an image.
+
+    Args:
+        batch_size: images of the global batch.
+        ratio: r; 0 for none.
+        world_size: number of ranks.
+
+    Raises:
+        SERError: r is outside [0, 1], or gives fewer than two images: without another one there are no negatives, and
+            the equivariance loss is identically zero. Or the ranks' shares of the batch would differ.
+
+    Source: Section 3.2; r = 0.01 is best in Table 8.
+
+    Example:
+        >>> [whole_images(2048, r, world_size=8) for r in (0, 0.005, 0.01, 0.02)]
+        [0, 10, 20, 41]
+    """
+    call = f"whole_images(batch_size={batch_size}, ratio={ratio}, world_size={world_size})"
+    _check_batch(call, batch_size, world_size)
+    if not 0 <= ratio <= 1:
+        raise SERError(call, f"ratio={ratio}", "a part of the batch, 0 to 1", "--partition-ratio 0.01")
+    if ratio == 0:
+        return 0
+    images = round(ratio * batch_size)
+    if images < 2:
+        given = f"{images} of {batch_size} images in b2"
+        expected = "two at least: with one there are no negatives, and the equivariance loss is identically zero"
+        remedy = "--batch-size 2 --partition-ratio 1" if batch_size < 2 else f"--partition-ratio {2 / batch_size:.4g}"
+        raise SERError(call, given, expected, remedy)
+    return max(images, world_size)
+
+
+def _check_batch(call: str, batch_size: int, world_size: int) -> None:
+    if batch_size < 1 or world_size < 1 or batch_size % world_size:
+        given = f"a batch of {batch_size} on {world_size} ranks"
+        remedy = f"--batch-size {max(1, round(batch_size / max(1, world_size))) * max(1, world_size)}"
+        raise SERError(call, given, "equally many images on every rank", remedy)

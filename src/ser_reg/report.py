@@ -1,0 +1,246 @@
+"""How equivariant are these models, at which layer, and why? One page with pictures, and every figure as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoders import load_encoder
+from .errors import SERError
+from .metrics import equivariance_score, transformations
+from .report_findings import early_layer, findings
+from .report_images import collect, parts, whole
+from .vit import accepts_any_size, cls_layer, depth, native_pixels, patch_size, position_coding, without_positions
+
+__all__ = ["NamedEncoders", "report"]
+
+VIEWS = 160  # that probes see, at least: several parts of each image where there are fewer images
+SHOWN = 3  # images with token maps
+
+
+def report(
+    models: Mapping[str, nn.Module],
+    images: Mapping[str, Tensor] | Iterable[Tensor] | str | Path | None = None,
+    output_dir: str | Path = "report",
+    *,
+    layers: Iterable[int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    max_images: int = 64,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Write report.html, report.json and PNGs about models, side by side.
+
+    Of each model: the equivariance score by layer (raw and spatial, beside unrelated images), the same with its
+    position coding switched off, linear probes that tell turns and flips from frozen features, and token maps as
+    colours. A model that fails is named with its error and leaves the others alone; report.json is renewed after
+    each model.
+
+    Args:
+        models: by the name that the plots show; looked up one after another, so that a lazy mapping such as
+            `NamedEncoders` holds one at a time. Left in the mode they were in.
+        images: (3, H, W) each, by name or not, uint8 or in [0, 1], not normalised: every model gets its own
+            normalisation; or a folder; or None for the photographs that come with scikit-image and scikit-learn.
+        output_dir: made if missing.
+        layers: numbers of blocks already run; 0, the embeddings, to the last by default.
+        image_size: pixels a side, or (height, width); what each model was built for by default.
+        max_images: drawn at random if there are more.
+        device: where to move the models; where they are by default.
+        seed: of all that is drawn.
+        progress: show a bar.
+
+    Returns:
+        What report.json holds, with layers as whole numbers:
+        ``["models"][name]["scores"][transformation][layer][reading]``, and "scores_without_positions", "probes",
+        "findings" and others beside "scores"; of a model that failed "error" alone.
+
+    Raises:
+        SERError: a package of the extra `report` is missing; images that cannot be used.
+        Exception: every model failed; this is what the first one raised.
+
+    Source: Table 4, Table 7 and Figure 3 of the paper.
+    """
+    try:
+        from rich.progress import Progress
+
+        from .report_page import write_page
+    except ImportError as error:
+        expected = "matplotlib, rich, scikit-image and scikit-learn"
+        raise SERError("report(models)", str(error), expected, 'pip install "ser-reg[report]"') from error
+    _check(models, device)
+    photographs, unreadable = collect(images, max_images, seed)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"layers": None if layers is None else sorted(set(layers))}
+    settings |= {"image_size": (image_size, image_size) if isinstance(image_size, int) else image_size, "seed": seed}
+    result: dict[str, Any] = {
+        "images": {"names": list(photographs), "unreadable": unreadable},
+        "settings": settings | {"max_images": max_images},
+        "environment": _environment(),
+        "models": {},
+    }
+    errors: list[Exception] = []
+    with Progress(disable=not progress) as bar:
+        for number, name in enumerate(models, 1):
+            task = bar.add_task(name, total=None)
+            try:
+                vit = deepcopy(models[name]).eval()
+                vit.to(device)
+                stem = folder / f"tokens_{number}"
+                record = _look(vit, name, list(photographs.values()), stem, partial(bar.update, task), **settings)
+            except Exception as error:  # whatever it is, the other models are not to suffer
+                errors.append(error)
+                record = {"error": str(error) if isinstance(error, SERError) else f"{type(error).__name__}: {error}"}
+            result["models"][name] = record
+            bar.update(task, completed=1, total=1)
+            _replace(folder / "report.json", json.dumps(result, indent=2) + "\n")
+    if len(errors) == len(result["models"]):
+        raise errors[0]
+    _replace(folder / "report.html", write_page(result, folder))
+    return result
+
+
+class NamedEncoders(Mapping[str, nn.Module]):
+    """Models by what `load_encoder` takes, each loaded when it is looked up, and not kept.
+
+    Args:
+        names: timm names, exported folders or "package.module:function".
+        pretrained: timm names with their published weights, or with random ones.
+    """
+
+    def __init__(self, names: Iterable[str], pretrained: bool = True) -> None:
+        self._names, self._pretrained = list(dict.fromkeys(names)), pretrained
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        try:
+            return load_encoder(name, self._pretrained)
+        except SERError as error:
+            if not self._pretrained:
+                raise
+            load_encoder(name, pretrained=False)  # raises, too, unless it is the weights that cannot be had
+            remedy = f"python -m ser_reg report {name} --untrained"
+            raise SERError(error.call, error.given, "weights that can be downloaded", remedy) from error
+
+
+def _look(
+    vit: nn.Module,
+    name: str,
+    photographs: list[Tensor],
+    stem: Path,
+    tell: Callable[..., None],
+    layers: list[int] | None,
+    image_size: tuple[int, int] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """All figures of one model, and its token maps as files that begin with `stem`."""
+    from .report_maps import draw_maps
+    from .report_probes import mean_tokens, probe
+
+    start, blocks = time.monotonic(), depth(vit)
+    chosen = list(range(blocks + 1)) if layers is None else layers
+    size, *pixels = native_pixels(vit)
+    size = image_size or size
+    mean, std = (torch.tensor(values)[:, None, None] for values in pixels)
+    parameter = next(vit.parameters())
+
+    def normalised(images: list[Tensor]) -> Tensor:
+        return ((torch.stack(images) - mean) / std).to(parameter)
+
+    scored = normalised([whole(image, size) for image in photographs])
+    draw = torch.Generator().manual_seed(seed)
+    each = max(1, round(VIEWS / len(photographs)))
+    views = [view for image in photographs for view in parts(image, size, each, draw)]
+    positions = position_coding(vit)
+    elements = transformations(vit, scored)
+    forwards = (1 + len(positions[:1])) * len(scored) * (1 + sum(map(len, elements.values())))
+    _count_images(vit, forwards + len(views) * (5 if size[0] == size[1] else 2), tell)
+
+    def score(model: nn.Module) -> dict[str, dict[int, dict[str, float]]]:
+        return equivariance_score(model, scored, chosen, torch.Generator().manual_seed(seed))
+
+    record: dict[str, Any] = {
+        "depth": blocks,
+        "image_size": size,
+        "patch_size": patch_size(vit),
+        "cls_layer": cls_layer(vit),
+        "mean": pixels[0],
+        "std": pixels[1],
+        "positions": positions,
+        "left_out": _left_out(vit, size),
+        "scores": score(vit),
+        "scores_without_positions": score(without_positions(vit)) if positions else {},
+        "probes": {},
+        "probe_views": len(views),
+    }
+    image_of_view = [image for image in range(len(photographs)) for _ in range(each)]
+    for transformation, features in mean_tokens(vit, normalised(views), chosen).items():
+        record["probes"][transformation] = {layer: probe(features[layer], image_of_view)._asdict() for layer in chosen}
+    shown = sorted(range(len(photographs)), key=lambda i: -photographs[i].std().item())[:SHOWN]
+    pictures = [whole(photographs[i], size) for i in shown]
+    record["pictures"] = []
+    for layer in sorted({early_layer(blocks), blocks}):
+        path = stem.with_name(f"{stem.name}_layer_{layer}.png")
+        draw_maps(path, vit, torch.stack(pictures), normalised(pictures), layer, name)
+        record["pictures"].append(path.name)
+    record["findings"] = findings(record)
+    return record | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _left_out(vit: nn.Module, size: tuple[int, int]) -> list[str]:
+    """What could not be asked of a model, and why."""
+    said = []
+    if not accepts_any_size(vit):
+        said.append("no scale score: it takes images of one size only")
+    if size[0] != size[1]:
+        shape = f"images of {size[0]} x {size[1]} pixels have another shape once they are turned"
+        if not accepts_any_size(vit):
+            said.append(f"no rotation score: {shape}, and it takes one size only")
+        said.append(f"no rotation probe: {shape}, which would tell the turn")
+    return said
+
+
+def _count_images(vit: Any, total: int, tell: Callable[..., None]) -> None:
+    """Tell how many images have entered the model, or a copy of it, of how many in all."""
+    tell(total=total)
+    vit.patch_embed.register_forward_pre_hook(lambda module, args: tell(advance=len(args[0])))
+
+
+def _check(models: Mapping[str, nn.Module], device: str | torch.device | None) -> None:
+    if not models:
+        remedy = 'report({"ViT-S": load_encoder("vit_small_patch16_224")})'
+        raise SERError("report({})", "no model", "at least one, by name", remedy)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        call, expected = f"report(models, device={str(device)!r})", "a device of this machine, such as cpu or cuda"
+        raise SERError(call, str(error).split("\n")[0], expected, 'report(models, device="cpu")') from error
+
+
+def _environment() -> dict[str, str]:
+    packages = ("ser-reg", "torch", "timm", "scikit-learn")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that at any moment it is whole: the old one or the new one."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
