@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +23,11 @@ from typing import Any
 
 import torch
 import tyro
-from moco import MoCoV3, fix_patch_projection, fix_positions, momentum_at
+from moco_v3 import MoCoV3
 from photo_patches import PatchData, load_patches
 from pictures import draw
+from pretraining.encoder import fix_patch_projection, fix_positions
+from pretraining.schedules import cosine
 from probes import accuracies, embed
 from results import LOGGED, atomically, environment, last_tenth, print_table
 from rich.console import Console
@@ -41,6 +42,7 @@ from ser_reg import EquivariantViews, SERError, SERLoss, TokenTap, equivariance_
 __all__ = ["build", "main", "policies", "train"]
 
 EQUIVARIANCE_IMAGES = 480
+HIDDEN, OUT = 512, 128  # widths of MoCo-v3's heads; 4096 and 256 in its paper
 
 # The photometric part of MoCo-v3, the same for both policies and both views (MoCo-v3 solarises one view in five, and
 # only the second). Blur is left out, as is usual below 64 pixels. Values in [0, 1] in, about [-1, 1] out.
@@ -100,7 +102,7 @@ def train(
     """
     torch.manual_seed(settings.seed)
     vit = build(settings).to(device)
-    moco = MoCoV3(vit, settings.width).to(device)
+    moco = MoCoV3(vit, settings.width, HIDDEN, OUT).to(device)
     parameters = [p for p in moco.parameters() if p.requires_grad]
     if ser_lambda > 0:
         ser = SERLoss(settings.width, temperature=settings.temperature).to(device)
@@ -122,8 +124,10 @@ def train(
         with TokenTap(vit, settings.layer) as tap:  # tokens of the latest forward, which is that of b2
             embeddings1, z1 = torch.cat([vit(part) for part in view1]), tap.tokens
             embeddings2, z2 = torch.cat([vit(part) for part in view2]), tap.tokens
-        moco.follow(momentum_at(step / settings.steps, settings.momentum))
-        base = moco(embeddings1, embeddings2, view1, view2)  # b1 and b2 jointly
+        moco.follow(cosine(step / settings.steps, settings.momentum, 1.0))
+        with torch.no_grad():
+            targets1, targets2 = (torch.cat([moco.target(part) for part in view]) for view in (view1, view2))
+        base = moco([embeddings1, embeddings2], [targets1, targets2])  # b1 and b2 jointly
         loss, logged = base, [base]
         if ser_lambda > 0:
             out = ser(z1, z2, pair.relative)
@@ -144,7 +148,7 @@ def warm_cosine(step: int, steps: int) -> float:
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return cosine((step - warmup) / max(1, steps - warmup), 1.0, 0.0)
 
 
 def evaluate(vit: VisionTransformer, data: PatchData, seed: int) -> dict[str, Any]:

@@ -250,10 +250,10 @@ def test_flip_commutes_with_the_photometric_part():
 
 
 def test_evaluation_sees_the_middle():
-    image = picture(0, (300, 200))
-    resized = image.resize((96, 64), Image.Resampling.BICUBIC)
-    assert np.array_equal(evaluation(56)(image).permute(1, 2, 0), resized.crop((20, 4, 76, 60)))
-    assert evaluation(224)(image).shape == training_crop(224)(image).shape == (3, 224, 224)
+    image = picture(0, (600, 400))
+    resized = image.resize((384, 256), Image.Resampling.BICUBIC)
+    assert np.array_equal(evaluation(224)(image).permute(1, 2, 0), resized.crop((80, 16, 304, 240)))
+    assert evaluation(56)(image).shape == training_crop(56)(image).shape == (3, 56, 56)
 
 
 def test_normalise_is_its_formula():

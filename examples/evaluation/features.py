@@ -30,7 +30,7 @@ from .encoder import Encoder, pooled
 
 __all__ = ["Features", "Recipe", "Some", "class_tokens", "extract", "read"]
 
-CHUNK = 500  # images a file
+CHUNK = 4096  # images a file
 SAMPLED = 16  # images whose pixels stand for those of the data set
 
 Batch = tuple[list[int], Tensor | None, list[tuple[str, str]]]  # numbers and images that were read; those that were not

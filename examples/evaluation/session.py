@@ -66,7 +66,7 @@ class Session:
         self.name, self.settings, self.start = name, settings, time.perf_counter()
         self.said = self.start
         # Told so, accelerate starts gloo for several processes; left to itself without a GPU, each would be alone.
-        on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+        on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)

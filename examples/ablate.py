@@ -1,0 +1,135 @@
+"""The paper's ablations on the small preset: train, judge, tabulate and draw.
+
+    python examples/ablate.py layer                     # one ablation, three seeds
+    python examples/ablate.py all --jobs 2              # all of them, two trainings at a time
+
+Runs go to OUTPUT_DIR/runs and are shared between ablations; one that was stopped goes on where it was, and one that is
+done is not run again. OUTPUT_DIR then holds a table (.md), a picture (.png) and the raw results (.json) of each.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from ablation.judging import judge
+from ablation.plots import draw
+from ablation.tables import markdown
+from ablation.variants import ABLATIONS, Variant
+from results import atomically
+from rich.console import Console
+from rich.progress import Progress
+
+from ser_reg import SERError
+
+__all__ = ["Settings", "main"]
+
+EXAMPLES = Path(__file__).parent
+JUDGED = "judged.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The paper's ablations on the small preset."""
+
+    ablation: tyro.conf.Positional[str]
+    """One of methods, layer, control, ratio, lambda, group, all-layers, cls; or all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training of each variant for each."""
+    flags: str = ""
+    """More flags for every training, as `--flags="--epochs 20"`; take another output folder with them."""
+    output_dir: Path = Path("out/ablations")
+    """Where runs, tables and pictures go."""
+    jobs: int = 1
+    """Trainings at a time; each gets its part of the processor's cores."""
+
+
+def main(settings: Settings) -> None:
+    """Run what is missing, then write tables and pictures."""
+    names = list(ABLATIONS) if settings.ablation == "all" else [settings.ablation]
+    if names[0] not in ABLATIONS:
+        given, expected = f"ablation {settings.ablation!r}", f"one of {', '.join(ABLATIONS)}, or all"
+        raise SERError("ablate.py", given, expected, "python examples/ablate.py layer")
+    if not settings.seeds or settings.jobs < 1:
+        given = f"{len(settings.seeds)} seeds, {settings.jobs} jobs"
+        raise SERError(
+            "ablate.py", given, "at least one of each", "python examples/ablate.py layer --seeds 0 1 2 --jobs 1"
+        )
+    console = Console(soft_wrap=True)
+    wanted = {v.folder: v for name in names for v in ABLATIONS[name].variants}
+    runs = [(variant, seed) for seed in settings.seeds for variant in wanted.values()]
+    results: dict[str, dict[str, Any]] = {folder: {} for folder in wanted}
+    with Progress(console=console) as progress, ThreadPoolExecutor(settings.jobs) as pool:
+        task = progress.add_task(f"{len(runs)} trainings", total=len(runs))
+        futures = {run: pool.submit(train_and_judge, settings, *run) for run in runs}
+        try:
+            for (variant, seed), future in futures.items():
+                results[variant.folder][str(seed)] = future.result()
+                progress.advance(task)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for name in names:
+        write(settings.output_dir, name, results)
+        console.print(f"\n[bold]{ABLATIONS[name].title}[/] ({ABLATIONS[name].source})\n")
+        console.print(markdown(ABLATIONS[name], results), markup=False, highlight=False)
+
+
+def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str, Any]:
+    """The result of one run, which is kept in its folder."""
+    folder = settings.output_dir / "runs" / variant.folder / f"seed{seed}"
+    found = folder / JUDGED
+    flags = [*variant.flags.split(), *settings.flags.split(), "--seed", str(seed)]
+    if found.exists():
+        kept = json.loads(found.read_text())
+        if kept["flags"] != flags:
+            given = f"{found}, of a run with {' '.join(kept['flags'])}"
+            raise SERError("ablate.py", given, " ".join(flags), "python examples/ablate.py ... --output-dir out/other")
+        return kept["result"]
+    command = [sys.executable, EXAMPLES / f"{variant.script}.py", "--preset", "small", *flags, "--output-dir", folder]
+    threads = max(1, (os.cpu_count() or 1) // settings.jobs)
+    quiet = ["--tracker", "none", "--knn-every", "0"]
+    done = subprocess.run(
+        [*map(str, command), *quiet],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        given = f"exit status {done.returncode}: {done.stderr.strip()[-1000:]}"
+        raise SERError(f"training {variant.label!r}, seed {seed}", given, "0", " ".join(map(str, command)))
+    run = json.loads((folder / "settings.json").read_text())
+    result = judge(folder, run["settings"]["data"], run["settings"]["image_size"], seed)
+    with atomically(found) as path:
+        path.write_text(json.dumps({"flags": flags, "result": result, "environment": run["environment"]}, indent=1))
+    return result
+
+
+def write(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:
+    """Table, picture and raw results of one ablation."""
+    ablation = ABLATIONS[name]
+    its = {variant.folder: results[variant.folder] for variant in ablation.variants}
+    with atomically(folder / f"{name}.json") as path:
+        path.write_text(json.dumps(its, indent=1))
+    with atomically(folder / f"{name}.md") as path:
+        path.write_text(markdown(ablation, its) + "\n")
+    with atomically(folder / f"{name}.png") as path:
+        draw(path, ablation, its)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings))
+    except SERError as error:
+        sys.exit(str(error))

@@ -1,0 +1,54 @@
+"""Results of an ablation as rows of a table."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+from typing import Any
+
+from .variants import Ablation
+
+__all__ = ["COLUMNS", "markdown", "summary"]
+
+Results = dict[str, dict[str, Any]]  # by folder of the variant: by seed: what `judge` returned
+
+# Columns of a table: heading, digits, factor and where it stands.
+COLUMNS = {
+    "knn": ("k-NN, %", 1, 100),
+    "linear": ("linear, %", 1, 100),
+    "rotation": ("rotation", 3, 1),
+    "flip": ("flip", 3, 1),
+    "scale": ("scale", 3, 1),
+    "rotation_excess": ("rotation above floor", 3, 1),
+    "rotation_raw": ("rotation, raw", 3, 1),
+}
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one run that tables and plots show; equivariance at the last layer, spatial reading."""
+    last = {name: by_layer[max(by_layer, key=int)] for name, by_layer in result["equivariance"].items()}
+    numbers = dict(result["accuracy"])
+    numbers |= {name: readings["spatial"] for name, readings in last.items()}
+    numbers["rotation_excess"] = last["rotation"]["spatial"] - last["rotation"]["spatial_floor"]
+    numbers["rotation_raw"] = last["rotation"]["raw"]
+    return numbers
+
+
+def markdown(ablation: Ablation, results: Results) -> str:
+    """A table, mean ± sample standard deviation over seeds, the paper's number beside."""
+    columns = {key: heading for key, (heading, _, _) in COLUMNS.items()}
+    lines = ["| " + " | ".join(["", *columns.values(), "paper: top-1, %"]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(columns) + 1))
+    for variant in ablation.variants:
+        runs = [summary(result) for result in results[variant.folder].values()]
+        cells = []
+        for key, (_, digits, factor) in COLUMNS.items():
+            values = [factor * run[key] for run in runs if key in run]
+            cells.append(_spread(values, digits) if values else "")
+        paper = "" if variant.paper is None else f"{variant.paper:.2f}"
+        lines.append("| " + " | ".join([variant.label, *cells, paper]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
