@@ -86,7 +86,7 @@ def main(settings: Settings) -> None:
 
 
 def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str, Any]:
-    """The result of one run, which is kept in its folder."""
+    """Flags, result and environment of one run, which are kept in its folder."""
     folder = settings.output_dir / "runs" / variant.folder / f"seed{seed}"
     found = folder / JUDGED
     flags = [*variant.flags.split(), *settings.flags.split(), "--seed", str(seed)]
@@ -95,7 +95,7 @@ def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str
         if kept["flags"] != flags:
             given = f"{found}, of a run with {' '.join(kept['flags'])}"
             raise SERError("ablate.py", given, " ".join(flags), "python examples/ablate.py ... --output-dir out/other")
-        return kept["result"]
+        return kept
     command = [sys.executable, EXAMPLES / f"{variant.script}.py", "--preset", "small", *flags, "--output-dir", folder]
     threads = max(1, (os.cpu_count() or 1) // settings.jobs)
     quiet = ["--tracker", "none", "--knn-every", "0"]
@@ -111,9 +111,14 @@ def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str
         raise SERError(f"training {variant.label!r}, seed {seed}", given, "0", " ".join(map(str, command)))
     run = json.loads((folder / "settings.json").read_text())
     result = judge(folder, run["settings"]["data"], run["settings"]["image_size"], seed)
+    kept = {"flags": flags, "environment": run["environment"], "steps": _steps(folder), "result": result}
     with atomically(found) as path:
-        path.write_text(json.dumps({"flags": flags, "result": result, "environment": run["environment"]}, indent=1))
-    return result
+        path.write_text(json.dumps(kept, indent=1))
+    return json.loads(found.read_text())  # as the next time, keys of JSON included
+
+
+def _steps(folder: Path) -> int:
+    return sum(1 for _ in (folder / "metrics.jsonl").open())
 
 
 def write(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:

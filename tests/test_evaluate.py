@@ -1,4 +1,4 @@
-"""examples/evaluate.py: each judgement against what must come out, what must be refused, and all from the command line."""
+"""examples/evaluate.py: each judgement against what must come out, what must be refused, and the command line."""
 
 import json
 import math
@@ -191,7 +191,7 @@ def test_late_cls_changes_the_features_and_is_refused_where_it_is_missing(export
     images = torch.randn(4, 3, 32, 32)
     assert (right(images) - plain(images)).abs().max() > 0.01
     for name in (str(exported), "my.module:load"):  # by the name that was given, by what timm remembers
-        with pytest.raises(SERError, match="given:    a model whose [CLS] joins after 0 blocks") as error:
+        with pytest.raises(SERError, match=r"given:    a model whose \[CLS\] joins after 0 blocks") as error:
             encoder.wrap(plain, name)
         assert error.value.remedy.startswith(f"ser_reg.late_cls(vit, {LATE})")
     assert encoder.wrap(late_cls(plain, LATE), str(exported)).late_cls == LATE
@@ -290,8 +290,8 @@ def test_stopped_half_way_leaves_whole_files_only(exported, folder, tmp_path, mo
             raise KeyboardInterrupt
         return recipe.compute(*both)
 
+    stopped = recipe._replace(compute=until_the_third_call)
     with pytest.raises(KeyboardInterrupt):
-        stopped = recipe._replace(compute=until_the_third_call)
         features.extract(Accelerator(cpu=True), made, source, stopped, tmp_path, batch_size=5)
     assert [path.name for path in (tmp_path / "last2").iterdir()] == ["00000.safetensors"]
 
@@ -363,7 +363,7 @@ def test_finetuning_goes_on_where_it_was_stopped(exported, folder, tmp_path, sto
     recipe = Finetuning(2, 0.5, 1e-3, 0.05, 0.75, 0.1)
 
     def trained(name, show=lambda epoch: None, **key):
-        progress = Progress(tmp_path / name, key, writes=True)
+        progress = Progress(tmp_path / f"{name}.progress", key, writes=True)
         return finetune(accelerator, made, classifier(made, 3, 0), images, recipe, progress, show).state_dict()
 
     def interrupt(epoch):
@@ -379,8 +379,9 @@ def test_finetuning_goes_on_where_it_was_stopped(exported, folder, tmp_path, sto
     assert cls_layer(start) == LATE
     moved = {name for name, value in start.state_dict().items() if not torch.equal(value, whole[name])}
     assert moved == set(whole)  # the whole network is trained
+    Progress(tmp_path / "rate.progress", {"rate": 3}, writes=True).save({})
     with pytest.raises(SERError, match="a training with rate 3") as error:
-        Progress(tmp_path / "whole", {"rate": 1}, True).load() or trained("whole", rate=3)
+        Progress(tmp_path / "rate.progress", {"rate": 1}, writes=True).load()
     assert "rm '" in error.value.remedy
 
 
@@ -588,7 +589,7 @@ def test_any_timm_model_is_judged_as_far_as_it_goes(folder, tmp_path):
     model = ("resnet18", folder, tmp_path)
     flags = ("--no-pretrained", "--size", 32)
     assert call("knn", *model, *flags)["model"]["late_cls"] is None
-    with pytest.raises(SERError, match="no normalised [CLS] in its blocks") as error:
+    with pytest.raises(SERError, match=r"no normalised \[CLS\] in its blocks") as error:
         call("linear", *model, *flags)
     assert error.value.remedy.startswith("evaluate.py linear --last 1")
     assert call("linear", *model, *flags, "--last", 1, "--epochs", 2)["results"]["test_images"] == 24

@@ -9,7 +9,7 @@ from .variants import Ablation
 
 __all__ = ["COLUMNS", "markdown", "summary"]
 
-Results = dict[str, dict[str, Any]]  # by folder of the variant: by seed: what `judge` returned
+Results = dict[str, dict[str, Any]]  # by folder of the variant, by seed: flags, environment, steps and result of a run
 
 # Columns of a table: heading, digits, factor and where it stands.
 COLUMNS = {
@@ -23,8 +23,9 @@ COLUMNS = {
 }
 
 
-def summary(result: dict[str, Any]) -> dict[str, float]:
+def summary(run: dict[str, Any]) -> dict[str, float]:
     """The numbers of one run that tables and plots show; equivariance at the last layer, spatial reading."""
+    result = run["result"]
     last = {name: by_layer[max(by_layer, key=int)] for name, by_layer in result["equivariance"].items()}
     numbers = dict(result["accuracy"])
     numbers |= {name: readings["spatial"] for name, readings in last.items()}
@@ -39,7 +40,7 @@ def markdown(ablation: Ablation, results: Results) -> str:
     lines = ["| " + " | ".join(["", *columns.values(), "paper: top-1, %"]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(columns) + 1))
     for variant in ablation.variants:
-        runs = [summary(result) for result in results[variant.folder].values()]
+        runs = [summary(run) for run in results[variant.folder].values()]
         cells = []
         for key, (_, digits, factor) in COLUMNS.items():
             values = [factor * run[key] for run in runs if key in run]

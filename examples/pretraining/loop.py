@@ -246,11 +246,17 @@ def _describe(
     steps: int,
     ranks: int,
 ) -> None:
-    """What is trained on what, in three lines. The paper's Table 1 counts 42.9 M parameters for MoCo-v3, 43.4 M with
-    SER."""
+    """What is trained on what, in two lines.
+
+    The paper's Table 1 counts 42.9 M parameters for MoCo-v3 and 43.4 M with SER: the momentum branch and the patch
+    projection, which MoCo-v3 does not train, are not among them; positions are, which its official release fixes.
+    """
     base, all_ = trainable(objective.method), trainable(objective)
-    ser = f", {all_ / 1e6:.1f} M with SER" if all_ > base else ", no SER"
-    console.print(f"{base / 1e6:.1f} M trained parameters{ser}; [CLS] joins after {settings.late_layer} blocks")
+    positions = getattr(objective.method.encoder, "pos_embed", None)
+    fixed = 0 if positions is None or positions.requires_grad else positions.numel()
+    ser = f", {(all_ + fixed) / 1e6:.1f} M with SER" if all_ > base else ", no SER"
+    but = f" ({fixed / 1e6:.2f} M of them fixed positions)" if fixed else ""
+    console.print(f"{(base + fixed) / 1e6:.1f} M parameters{ser}{but}; [CLS] joins after {settings.late_layer} blocks")
     batches = f"{part} images" + (f" in each of {settings.accumulate} parts" if settings.accumulate > 1 else "")
     console.print(f"{len(source):,} images; {steps:,} steps of {batches}, {whole} of them whole; {ranks} processes")
 

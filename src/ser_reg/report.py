@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
@@ -18,15 +17,9 @@ from torch import Tensor, nn
 
 from .encoders import load_encoder
 from .errors import SERError
-from .metrics import equivariance_score, transformations
-from .report_findings import early_layer, findings
-from .report_images import collect, parts, whole
-from .vit import accepts_any_size, cls_layer, depth, native_pixels, patch_size, position_coding, without_positions
+from .report_images import collect
 
 __all__ = ["NamedEncoders", "report"]
-
-VIEWS = 160  # that probes see, at least: several parts of each image where there are fewer images
-SHOWN = 3  # images with token maps
 
 
 def report(
@@ -75,6 +68,7 @@ def report(
     try:
         from rich.progress import Progress
 
+        from .report_model import look
         from .report_page import write_page
     except ImportError as error:
         expected = "matplotlib, rich, scikit-image and scikit-learn"
@@ -99,7 +93,7 @@ def report(
                 vit = deepcopy(models[name]).eval()
                 vit.to(device)
                 stem = folder / f"tokens_{number}"
-                record = _look(vit, name, list(photographs.values()), stem, partial(bar.update, task), **settings)
+                record = look(vit, name, list(photographs.values()), stem, partial(bar.update, task), **settings)
             except Exception as error:  # whatever it is, the other models are not to suffer
                 errors.append(error)
                 record = {"error": str(error) if isinstance(error, SERError) else f"{type(error).__name__}: {error}"}
@@ -138,89 +132,6 @@ class NamedEncoders(Mapping[str, nn.Module]):
             load_encoder(name, pretrained=False)  # raises, too, unless it is the weights that cannot be had
             remedy = f"python -m ser_reg report {name} --untrained"
             raise SERError(error.call, error.given, "weights that can be downloaded", remedy) from error
-
-
-def _look(
-    vit: nn.Module,
-    name: str,
-    photographs: list[Tensor],
-    stem: Path,
-    tell: Callable[..., None],
-    layers: list[int] | None,
-    image_size: tuple[int, int] | None,
-    seed: int,
-) -> dict[str, Any]:
-    """All figures of one model, and its token maps as files that begin with `stem`."""
-    from .report_maps import draw_maps
-    from .report_probes import mean_tokens, probe
-
-    start, blocks = time.monotonic(), depth(vit)
-    chosen = list(range(blocks + 1)) if layers is None else layers
-    size, *pixels = native_pixels(vit)
-    size = image_size or size
-    mean, std = (torch.tensor(values)[:, None, None] for values in pixels)
-    parameter = next(vit.parameters())
-
-    def normalised(images: list[Tensor]) -> Tensor:
-        return ((torch.stack(images) - mean) / std).to(parameter)
-
-    scored = normalised([whole(image, size) for image in photographs])
-    draw = torch.Generator().manual_seed(seed)
-    each = max(1, round(VIEWS / len(photographs)))
-    views = [view for image in photographs for view in parts(image, size, each, draw)]
-    positions = position_coding(vit)
-    elements = transformations(vit, scored)
-    forwards = (1 + len(positions[:1])) * len(scored) * (1 + sum(map(len, elements.values())))
-    _count_images(vit, forwards + len(views) * (5 if size[0] == size[1] else 2), tell)
-
-    def score(model: nn.Module) -> dict[str, dict[int, dict[str, float]]]:
-        return equivariance_score(model, scored, chosen, torch.Generator().manual_seed(seed))
-
-    record: dict[str, Any] = {
-        "depth": blocks,
-        "image_size": size,
-        "patch_size": patch_size(vit),
-        "cls_layer": cls_layer(vit),
-        "mean": pixels[0],
-        "std": pixels[1],
-        "positions": positions,
-        "left_out": _left_out(vit, size),
-        "scores": score(vit),
-        "scores_without_positions": score(without_positions(vit)) if positions else {},
-        "probes": {},
-        "probe_views": len(views),
-    }
-    image_of_view = [image for image in range(len(photographs)) for _ in range(each)]
-    for transformation, features in mean_tokens(vit, normalised(views), chosen).items():
-        record["probes"][transformation] = {layer: probe(features[layer], image_of_view)._asdict() for layer in chosen}
-    shown = sorted(range(len(photographs)), key=lambda i: -photographs[i].std().item())[:SHOWN]
-    pictures = [whole(photographs[i], size) for i in shown]
-    record["pictures"] = []
-    for layer in sorted({early_layer(blocks), blocks}):
-        path = stem.with_name(f"{stem.name}_layer_{layer}.png")
-        draw_maps(path, vit, torch.stack(pictures), normalised(pictures), layer, name)
-        record["pictures"].append(path.name)
-    record["findings"] = findings(record)
-    return record | {"seconds": round(time.monotonic() - start, 1)}
-
-
-def _left_out(vit: nn.Module, size: tuple[int, int]) -> list[str]:
-    """What could not be asked of a model, and why."""
-    said = []
-    if not accepts_any_size(vit):
-        said.append("no scale score: it takes images of one size only")
-    if size[0] != size[1]:
-        shape = f"images of {size[0]} x {size[1]} pixels have another shape once they are turned"
-        if not accepts_any_size(vit):
-            said.append(f"no rotation score: {shape}, and it takes one size only")
-        said.append(f"no rotation probe: {shape}, which would tell the turn")
-    return said
-
-
-def _count_images(vit: Any, total: int, tell: Callable[..., None]) -> None:
-    """Tell how many images have entered the model, or a copy of it, of how many in all."""
-    tell(total=total)
-    vit.patch_embed.register_forward_pre_hook(lambda module, args: tell(advance=len(args[0])))
 
 
 def _check(models: Mapping[str, nn.Module], device: str | torch.device | None) -> None:

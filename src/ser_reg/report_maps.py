@@ -72,7 +72,8 @@ def draw_maps(path: Path, vit: nn.Module, images: Tensor, pixels: Tensor, layer:
 def colours(maps: list[Tensor]) -> list[Tensor]:
     """(D, h, w) maps as (3, h, w) colours: three principal components of all together, so that colours compare."""
     tokens = torch.cat([part.flatten(1).T for part in maps]).double().numpy()
-    components = PCA(3, svd_solver="full").fit_transform(tokens)
+    with np.errstate(invalid="ignore"):  # constant maps have no part of a variance of zero
+        components = PCA(3, svd_solver="full").fit_transform(tokens)
     low, high = np.quantile(components, QUANTILES, axis=0)
     painted = torch.tensor(((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1))
     split = painted.split([part[0].numel() for part in maps])
