@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import math
 import statistics
 import sys
 import tempfile
@@ -41,7 +42,7 @@ MODEL_BATCH = 256 if CUDA else 16
 RUNS = 5 if CUDA else 3
 WORKERS = (1, 2) if (os.cpu_count() or 1) < 8 else (1, 2, 8)
 IMAGES, BATCH, BATCHES = 256, 32, 8
-WIDTH, HEIGHT, QUALITY = 500, 375, 95  # ImageNet's most frequent size, and about its bytes a pixel
+WIDTH, HEIGHT, QUALITY = 500, 375, 95  # ImageNet's most frequent size
 
 
 def write_images(folder: Path) -> int:
@@ -126,9 +127,10 @@ def main() -> None:
         found = sorted(row["images_per_second"])
         medians[name] = statistics.median(found)
         print(f"{name}: {medians[name]:.1f} images per second ({found[0]:.1f} to {found[-1]:.1f})")
-    needed = medians["model"] / medians["pipeline, 1 workers"]
-    bound = "model" if medians["model"] < min(medians.values()) + 1e-9 else "pipeline"
-    print(f"The bound is the {bound}: it takes {needed:.1f} workers to feed the model.")
+    needed = math.ceil(medians["model"] / medians["pipeline, 1 workers"])
+    for workers in WORKERS:
+        bound = "pipeline" if medians[f"pipeline, {workers} workers"] < medians["model"] else "model"
+        print(f"with {workers} workers the bound is the {bound}; from {needed} on it is the model")
     print(save("pipeline", rows))
 
 

@@ -54,7 +54,9 @@ def without_batch_statistics(module: nn.Module) -> nn.Module:
     does not run, and then results would depend on how many processes there are."""
     for name, part in module.named_children():
         if isinstance(part, nn.BatchNorm1d):
-            setattr(module, name, nn.LayerNorm(part.num_features, elementwise_affine=part.affine))
+            norm = nn.LayerNorm(part.num_features, elementwise_affine=part.affine)
+            trained = all(p.requires_grad for p in part.parameters())  # not in a momentum branch
+            setattr(module, name, norm.requires_grad_(trained))
         else:
             without_batch_statistics(part)
     return module

@@ -22,6 +22,8 @@ COLUMNS = {
     "rotation_raw": ("rotation, raw", 3, 1),
 }
 
+COMPARED = ("knn", "linear")
+
 
 def summary(run: dict[str, Any]) -> dict[str, float]:
     """The numbers of one run that tables and plots show; equivariance at the last layer, spatial reading."""
@@ -35,21 +37,30 @@ def summary(run: dict[str, Any]) -> dict[str, float]:
 
 
 def markdown(ablation: Ablation, results: Results) -> str:
-    """A table, mean ± sample standard deviation over seeds, the paper's number beside."""
-    columns = {key: heading for key, (heading, _, _) in COLUMNS.items()}
-    lines = ["| " + " | ".join(["", *columns.values(), "paper: top-1, %"]) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(columns) + 1))
+    """A table: mean ± sample standard deviation over seeds.
+
+    A variant is compared with what it stands against seed by seed, which takes away what seeds share; the paper's
+    number stands beside.
+    """
+    headings = [heading for heading, _, _ in COLUMNS.values()]
+    compared = [f"{COLUMNS[key][0].removesuffix(', %')}, difference" for key in COMPARED]
+    lines = ["| " + " | ".join(["", *headings, *compared, "paper: top-1, %"]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(headings) + len(compared) + 1))
     for variant in ablation.variants:
-        runs = [summary(run) for run in results[variant.folder].values()]
+        runs = {seed: summary(run) for seed, run in results[variant.folder].items()}
         cells = []
         for key, (_, digits, factor) in COLUMNS.items():
-            values = [factor * run[key] for run in runs if key in run]
+            values = [factor * run[key] for run in runs.values() if key in run]
             cells.append(_spread(values, digits) if values else "")
+        other = {seed: summary(run) for seed, run in results[variant.against].items()}
+        for key in COMPARED:
+            differences = [100 * (run[key] - other[seed][key]) for seed, run in runs.items() if seed in other]
+            cells.append("" if variant.folder == variant.against else _spread(differences, 1, "+"))
         paper = "" if variant.paper is None else f"{variant.paper:.2f}"
         lines.append("| " + " | ".join([variant.label, *cells, paper]) + " |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(values: list[float], digits: int, sign: str = "") -> str:
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return f"{mean(values):{sign}.{digits}f}{deviation}"

@@ -16,6 +16,8 @@ class Variant(NamedTuple):
     script: str = "moco_v3"
     paper: float | None = None
     """Top-1 of linear evaluation on ImageNet-1k, %, as the paper has it."""
+    against: str = "moco_v3"
+    """Folder of the variant that it is compared with, seed by seed; by default that of `FULL`."""
 
     @property
     def folder(self) -> str:
@@ -45,10 +47,10 @@ ABLATIONS: dict[str, Ablation] = {
         (
             CONTROL._replace(label="MoCo-v3, λ = 0", paper=None),
             FULL._replace(label="MoCo-v3, SER"),
-            Variant("DINO, λ = 0", "--ser-lambda 0", "dino"),
-            Variant("DINO, SER", "", "dino", paper=67.63),
-            Variant("Barlow Twins, λ = 0", "--ser-lambda 0", "barlow_twins"),
-            Variant("Barlow Twins, SER", "", "barlow_twins", paper=64.02),
+            Variant("DINO, λ = 0", "--ser-lambda 0", "dino", against="dino"),
+            Variant("DINO, SER", "", "dino", paper=67.63, against="dino"),
+            Variant("Barlow Twins, λ = 0", "--ser-lambda 0", "barlow_twins", against="barlow_twins"),
+            Variant("Barlow Twins, SER", "", "barlow_twins", paper=64.02, against="barlow_twins"),
         ),
         "The paper's Table 2 has plain base methods (68.44, 67.37, 63.34), not λ = 0.",
     ),

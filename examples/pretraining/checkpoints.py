@@ -15,7 +15,7 @@ from ser_reg import SERError
 
 from .settings import Settings
 
-__all__ = ["restore", "save", "saved"]
+__all__ = ["discard", "restore", "save", "saved"]
 
 NAME = "checkpoint.pt"
 
@@ -49,6 +49,15 @@ def save(
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # or the name could outlive a power cut and the content not
+
+
+def discard(folder: Path, resume: bool) -> None:
+    """Remove what a killed run left half-written, and, for one that starts anew, the checkpoint of the run before:
+    else the next one would go on from that."""
+    for path in folder.glob(f".*-{NAME}"):
+        path.unlink()
+    if not resume:
+        (folder / NAME).unlink(missing_ok=True)
 
 
 def saved(folder: Path, settings: Settings) -> dict[str, Any] | None:

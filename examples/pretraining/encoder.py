@@ -43,9 +43,10 @@ def build_encoder(settings: Settings) -> nn.Module:
     try:
         vit = timm.create_model(settings.architecture, num_classes=0, **model_args(settings), **training)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise SERError(
-            call, str(error), "a timm ViT that takes these settings", "--architecture vit_small_patch16_224"
-        ) from error
+        moco = "weight_init" in str(error)  # of timm's VisionTransformer alone
+        remedy = "--initialisation timm" if moco else "--architecture vit_small_patch16_224"
+        raise SERError(call, str(error), "a timm ViT that takes these settings", remedy) from error
+    _check_sizes(call, vit, settings)
     if settings.positions == "sincos":
         fix_positions(vit)
     if settings.patch_projection == "fixed":
@@ -57,11 +58,32 @@ def build_encoder(settings: Settings) -> nn.Module:
     return late_cls(vit, settings.late_layer)
 
 
+def _check_sizes(call: str, vit: nn.Module, settings: Settings) -> None:
+    patch = vit.patch_embed.patch_size[0]
+    sizes = {"image_size": settings.image_size} | ({"local_size": settings.local_size} if settings.local_views else {})
+    for name, size in sizes.items():
+        if size % patch:
+            remedy = f"--{name.replace('_', '-')} {max(1, round(size / patch)) * patch}"
+            raise SERError(call, f"{name}={size}, patches of {patch} pixels", "a whole number of patches", remedy)
+
+
 @torch.no_grad()
 def fix_positions(vit: VisionTransformer) -> None:
-    """Two-dimensional sine-cosine position embedding, never trained; that of [CLS] is zero (MoCo-v3, Section 4)."""
+    """Two-dimensional sine-cosine position embedding, never trained; that of [CLS] is zero (MoCo-v3, Section 4).
+
+    Raises:
+        SERError: the model adds no embedding to its patches, or 4 does not divide its width.
+    """
+    call = f"fix_positions({type(vit).__name__})"
+    if vit.pos_embed is None:
+        given = "a model that adds no position embedding to its patches"
+        raise SERError(call, given, "one that does", "--positions learned  # its own positions stay as they are")
+    if vit.embed_dim % 4:
+        remedy = f"--width {max(1, round(vit.embed_dim / 4)) * 4}"
+        raise SERError(call, f"width {vit.embed_dim}", "a width that 4 divides", remedy)
     patches = build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim)
-    vit.pos_embed.zero_()[0, vit.num_prefix_tokens :] = patches
+    first = vit.pos_embed.shape[1] - len(patches)  # 0 for models whose prefix tokens have no place (DeiT-III)
+    vit.pos_embed.zero_()[0, first:] = patches
     vit.pos_embed.requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from results import atomically, environment
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from .dataset import Batch, ViewDataset, collate
 from .encoder import build_encoder, model_args, trainable
 from .geometry import Geometry
 from .monitor import Collapse, knn
-from .objective import Method, Objective
+from .objective import Method, Objective, Views
 from .optimizer import build_optimizer, clip, set_rates
 from .partition import PartitionSampler, whole_images
 from .policies import Method as Base
@@ -79,11 +79,12 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
     module: nn.Module = shard(objective, accelerator.device) if settings.fsdp else accelerator.prepare(objective)
     optimizer = accelerator.prepare(build_optimizer(objective, settings))
 
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    _make(settings.output_dir)
     state = checkpoints.saved(settings.output_dir, settings) if settings.resume == "auto" else None
     done = checkpoints.restore(state, module, optimizer.optimizer, accelerator.scaler) if state else 0
     accelerator.wait_for_everyone()  # all have read what the main process may write over
     if main:
+        checkpoints.discard(settings.output_dir, resume=settings.resume == "auto")
         with atomically(settings.output_dir / "settings.json") as path:
             run = {"method": base, "settings": settings.plain(), "environment": environment(accelerator.device)}
             path.write_text(json.dumps(run, indent=1) + "\n")
@@ -109,11 +110,12 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
         batch_sampler=sampler,
         num_workers=settings.workers,
         collate_fn=collate,
+        worker_init_fn=_outlive_stop_signal,
         pin_memory=accelerator.device.type == "cuda",
     )
     patch = method.encoder.patch_embed.patch_size[0]
     geometry = Geometry(settings, patch, whole, rank, ranks, accelerator.device)
-    log, collapse, unreadable = Log(settings, accelerator, done), Collapse(), _Unreadable(settings.output_dir, console)
+    log, collapse, unreadable = Log(settings, accelerator, done), Collapse(), _Unreadable(settings.output_dir)
     stop, saved_at, batches = _StopSignal(), time.monotonic(), iter(loader)
     knn_steps = max(1, round(settings.knn_every * per_epoch)) if settings.knn_every and held_out else 0
     module.train()
@@ -135,7 +137,7 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
                 waited += seconds
                 unreadable.note(batch.unreadable)
                 with accelerator.accumulate(module), accelerator.autocast():
-                    scalars = module(geometry(batch, number))
+                    scalars = _forward(module, geometry(batch, number), settings, step)
                     accelerator.backward(scalars["loss"])
                     if accelerator.sync_gradients:
                         accelerator.unscale_gradients(optimizer)
@@ -175,7 +177,9 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
             log.restart()
     if done == steps:
         _export(settings, module, method, main)
-    unreadable.report()
+    accelerator.wait_for_everyone()  # all have noted what they could not read
+    if main and (count := unreadable.count()):
+        console.print(f"{count} images could not be read and were passed over: see {unreadable.path}")
     accelerator.end_training()
     console.print(f"{settings.output_dir}/encoder, metrics.jsonl")
 
@@ -282,12 +286,33 @@ def _summary(line: dict[str, Any]) -> str:
     return f"base {line['base']:.3f}{ser}  {speed}"
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "--output-dir out/pretraining"
+        raise SERError(f"--output-dir {folder}", str(error), "a folder to write to", remedy) from error
+
+
+def _forward(module: nn.Module, views: Views, settings: Settings, step: int) -> dict[str, Tensor]:
+    try:
+        scalars: dict[str, Tensor] = module(views)
+    except SERError as error:  # on CPUs SER itself finds out that features are no longer finite
+        if "NaN" not in error.given:
+            raise
+        raise _not_finite(f"{error.given} at step {step}", settings) from error
+    return scalars
+
+
 def _raise_unless_finite(lines: list[dict[str, Any]], settings: Settings) -> None:
     for line in lines:
         if not math.isfinite(line["loss"]):
-            remedy = f"--learning-rate {settings.learning_rate / 2:g} --precision bf16 --resume never"
-            given = f"loss {line['loss']} at step {line['step']}"
-            raise SERError("train(settings)", given, "a finite loss; the last checkpoint is from before", remedy)
+            raise _not_finite(f"loss {line['loss']} at step {line['step']}", settings)
+
+
+def _not_finite(given: str, settings: Settings) -> SERError:
+    remedy = f"--learning-rate {settings.learning_rate / 2:g} --precision bf16 --resume never"
+    return SERError("train(settings)", given, "a finite loss; the last checkpoint is from before", remedy)
 
 
 def _export(settings: Settings, module: nn.Module, method: Method, main: bool) -> None:
@@ -313,13 +338,17 @@ class _StopSignal:
         self.wished = True
 
 
+def _outlive_stop_signal(worker: int) -> None:
+    """Schedulers send SIGTERM to all processes; the training still needs batches up to its checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _Unreadable:
     """Names of images that could not be read, each once, in OUTPUT_DIR/unreadable.txt."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder / "unreadable.txt"
-        self.console = console
-        self.names: set[str] = set()
+        self.names = set(self._written())
 
     def note(self, names: list[str]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.names]
@@ -328,6 +357,13 @@ class _Unreadable:
             with self.path.open("a") as file:
                 file.writelines(f"{name}\n" for name in new)
 
-    def report(self) -> None:
-        if self.names:
-            self.console.print(f"{len(self.names)} images could not be read and were passed over: see {self.path}")
+    def count(self) -> int:
+        """How many there are, over all processes, which came upon some of them more than once."""
+        written = self._written()
+        if len(names := list(dict.fromkeys(written))) < len(written):
+            with atomically(self.path) as part:
+                part.write_text("".join(f"{name}\n" for name in names))
+        return len(names)
+
+    def _written(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []

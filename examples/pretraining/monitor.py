@@ -25,7 +25,10 @@ def embeddings(
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     data = LabelledDataset(source, evaluation(size))
-    loader = DataLoader(Subset(data, range(rank, len(data), ranks)), batch_size=256, num_workers=workers)
+    # All processes have equally many rows, as a gather and the forwards of a sharded encoder want; those that came
+    # round to the first images again count for nothing.
+    places = range(rank, -(-len(data) // ranks) * ranks, ranks)
+    loader = DataLoader(Subset(data, [i % len(data) for i in places]), batch_size=256, num_workers=workers)
     training = encoder.training
     encoder.eval()
     features, labels = [], []
@@ -34,16 +37,10 @@ def embeddings(
             features.append(encoder(normalise(images.to(accelerator.device))).float())
         labels.append(those.to(accelerator.device))
     encoder.train(training)
-    width = encoder.num_features
-    # All processes give equally many rows, as a gather wants; those that stand for no image have label -1.
-    rows = -(-len(data) // ranks)
-    padded = torch.zeros(rows, width, device=accelerator.device)
-    marks = torch.full((rows,), -1, device=accelerator.device)
-    found = sum(len(part) for part in labels)
-    if found:
-        padded[:found], marks[:found] = torch.cat(features), torch.cat(labels)
-    padded, marks = accelerator.gather(padded).cpu(), accelerator.gather(marks).cpu()
-    return padded[marks >= 0], marks[marks >= 0]
+    marks = torch.cat(labels)
+    marks[torch.tensor(places, device=marks.device) >= len(data)] = -1
+    found, marks = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(marks).cpu()
+    return found[marks >= 0], marks[marks >= 0]
 
 
 def knn(

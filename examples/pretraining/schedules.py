@@ -39,5 +39,5 @@ def warm_cosine(moment: Moment, warmup_epochs: float, peak: float, end: float) -
 
 
 def ramp(epoch: float, epochs: float, start: float, end: float) -> float:
-    """From `start` to `end` in a line over the first `epochs` whole epochs, then `end`."""
-    return end if int(epoch) >= epochs else start + (end - start) * int(epoch) / epochs
+    """From `start` to `end` in a line over the first `epochs` whole epochs, of which the last has `end`, then `end`."""
+    return end if int(epoch) >= epochs else start + (end - start) * int(epoch) / max(1, epochs - 1)

@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import timm
+import torch
 import tyro
 
 from ser_reg import SERError
@@ -18,6 +21,22 @@ __all__ = ["SMALL", "Settings", "parse"]
 
 # These may differ between a run and its continuation: they do not change what is learned.
 FREE = {"output_dir", "resume", "workers", "tracker", "log_every", "knn_every", "checkpoint_minutes"}
+
+# Settings, of all methods, that are positive if they are set at all, and what to type instead.
+SIZES = {
+    "image_size": 224,
+    "local_size": 96,
+    "patch_size": 16,
+    "width": 384,
+    "depth": 12,
+    "heads": 6,
+    "projection_dim": 512,
+    "hidden": 2048,
+    "out": 256,
+    "bottleneck": 256,
+    "prototypes": 65536,
+    "log_every": 50,
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +173,7 @@ class Settings:
     @property
     def blocks(self) -> int:
         """Depth of the encoder."""
-        return 12 if self.depth is None else self.depth
+        return _depth(self.architecture) if self.depth is None else self.depth
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -172,7 +191,15 @@ class Settings:
         What depends on data and processes is checked where they are known.
         """
         scales = self.scale != (1, 1) or self.aspect != (1, 1)
+        sizes = {name: getattr(self, name, None) for name in SIZES}
+        zeros = {name: size for name, size in sizes.items() if size is not None and size < 1}
         for wrong, given, expected, remedy in (
+            (
+                bool(zeros) or self.workers < 0,
+                ", ".join(f"{name}={size}" for name, size in {**zeros, "workers": self.workers}.items()),
+                "positive numbers",
+                " ".join(f"--{name.replace('_', '-')} {SIZES[name]}" for name in zeros) or "--workers 0",
+            ),
             (
                 not 0 < self.layer <= self.blocks,
                 f"layer={self.layer} of an encoder of {self.blocks} blocks",
@@ -224,11 +251,22 @@ class Settings:
                 "--steps 100 --epochs 100 --warmup-epochs 10",
             ),
             (
-                min(self.log_every, self.image_size, self.local_size, self.blocks) < 1 or self.workers < 0,
-                f"log_every={self.log_every}, image_size={self.image_size}, local_size={self.local_size}, "
-                f"depth={self.blocks}, workers={self.workers}",
-                "positive numbers",
-                "--log-every 50 --image-size 224 --local-size 96 --workers 8",
+                self.local_views > 0 and self.local_size >= self.image_size,
+                f"local views of {self.local_size} pixels, global ones of {self.image_size}",
+                "local views that are smaller",
+                f"--local-size {max(1, self.image_size * 96 // 224)}",
+            ),
+            (
+                any(not 0 < low <= high for low, high in (self.scale, self.aspect)),
+                f"scale={self.scale}, aspect={self.aspect}",
+                "above 0, the lower end first",
+                "--scale 0.7 1.3 --aspect 0.75 1.3333",
+            ),
+            (
+                not 0 <= self.drop_path < 1,
+                f"drop_path={self.drop_path}",
+                "a probability below 1",
+                "--drop-path 0.1",
             ),
             (
                 self.crop_min is not None and not 0 < self.crop_min <= 1,
@@ -248,6 +286,16 @@ class Settings:
         """Names of settings in which a saved run differs from this one, so that it cannot go on with these."""
         mine = self.plain()
         return sorted(name for name in {*mine, *other} - FREE if mine.get(name) != other.get(name))
+
+
+@lru_cache
+def _depth(architecture: str) -> int:
+    """Blocks of a timm architecture; 12 for one that there is not, which is found out when it is built."""
+    try:
+        with torch.device("meta"):
+            return len(timm.create_model(architecture).blocks)
+    except Exception:  # errors of all kinds, and models without blocks
+        return 12
 
 
 # What the presets "small" share: a CPU in minutes.

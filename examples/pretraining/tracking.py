@@ -41,7 +41,7 @@ class Log:
         if accelerator.is_main_process:
             self._rewind(done)
         if settings.tracker != "none":
-            accelerator.init_trackers("ser-reg", _flat(settings), _tracker_arguments(settings, done))
+            accelerator.init_trackers("ser-reg", _flat(settings), _tracker_arguments(settings, accelerator, done))
 
     def add(self, step: int, rate: float, scalars: dict[str, Tensor], images: int, waited: float) -> None:
         """Note a step; `waited`: seconds without data."""
@@ -111,8 +111,10 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.plain().items()}
 
 
-def _tracker_arguments(settings: Settings, done: int) -> dict[str, dict[str, Any]]:
-    """A continued run goes on in the same curve."""
+def _tracker_arguments(settings: Settings, accelerator: Accelerator, done: int) -> dict[str, dict[str, Any]]:
+    """A continued run goes on in the same curve. Only the main process tracks."""
+    if not accelerator.is_main_process:
+        return {}
     path: Path = settings.output_dir / "run_id"
     if not (done and path.exists()):
         path.write_text(uuid.uuid4().hex[:12])
