@@ -96,12 +96,12 @@ PRESETS = {
     ),
     "small": replace(
         PAPER,
-        **SMALL,
+        **SMALL | {"learning_rate": 2e-3},
         output_dir=Path("out/dino_small"),
         hidden=256,
         bottleneck=64,
         prototypes=1024,
-        momentum=0.98,
+        momentum=0.99,
     ),
 }
 

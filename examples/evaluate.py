@@ -95,8 +95,9 @@ class Trained(Settings):
 class Linear(Trained):
     """A linear classifier on the joined [CLS] of the last four blocks.
 
-    Tables 1 and 2 of the paper: 50 epochs, cosine, no warm-up. SGD with momentum 0.9, no decay and the choice of
-    1, 3 and 10 are those of its released code, which picks the best of the last epochs; here it is always the last.
+    Tables 1 and 2 of the paper: 50 epochs, cosine, no warm-up. SGD with momentum 0.9 and no decay, as MoCo-v3 and DINO
+    have it. The paper's released code chooses among the rates 1, 3 and 10 and picks the best of the last epochs; here
+    there are lower rates as well, for smaller data, and it is always the last epoch.
 
     The learning rate is chosen on held-out training images; see --augment for the paper's protocol. Leaves
     linear.safetensors for the subcommand shift.

@@ -1,7 +1,7 @@
 """Reference trainings by name and flags, one after another in the same processes.
 
 Tests call `train_job`, and for several processes ``torchrun --standalone --nproc-per-node N tests/pretraining_jobs.py
-JOBS.json``, where the start of Python is paid for once. The scripts themselves are run by test_pretraining_runs.py.
+JOBS.json``, so that the start of Python is paid for once. Whole scripts are run by test_pretraining_runs.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,59 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from pretraining.distributed import place
 from pretraining.loop import train
+from pretraining.schedules import Moment
 from pretraining.settings import Settings, parse
-from torch import nn
+from torch import Tensor, nn
 
-from ser_reg import SERError
-
-__all__ = ["METHODS", "TINY", "parsed", "train_job", "without_batch_statistics"]
+__all__ = ["GRADIENTS", "METHODS", "TINY", "parsed", "train_job", "without_batch_statistics"]
 
 METHODS = ("moco_v3", "dino", "barlow_twins")
 TINY = (
     "--preset small --steps 3 --batch-size 16 --width 24 --depth 3 --heads 2 --hidden 32 --projection-dim 16 "
     "--log-every 1 --knn-every 0 --tracker none --warmup-epochs 0"
-).split()
+)
+GRADIENTS = "gradients.pt"  # in the output folder: of the first step
 
 
 def parsed(method: str, flags: Sequence[object] = ()) -> Settings:
     """Tiny settings of a method, and other flags on top of them."""
     module = importlib.import_module(method)
-    return parse(module.PRESETS, f"{method}.py", [*TINY, *map(str, flags)])
+    return parse(module.PRESETS, f"{method}.py", [*TINY.split(), *map(str, flags)])
 
 
-def train_job(method: str, flags: Sequence[object], batch_statistics: bool = True) -> None:
-    """What ``python examples/METHOD.py`` does, without or with its batch norm."""
-    build = importlib.import_module(method).build
+def train_job(
+    method: str,
+    flags: Sequence[object],
+    batch_statistics: bool = True,
+    gradients: bool = False,
+    each_step: Callable[[Moment], None] | None = None,
+) -> None:
+    """What ``python examples/METHOD.py`` does.
+
+    Args:
+        method: name of the script.
+        flags: on top of the tiny settings.
+        batch_statistics: False for layer norm in place of batch norm.
+        gradients: write those of the first step down.
+        each_step: called ahead of each.
+    """
+    settings = parsed(method, flags)
+
+    def build(settings: Settings) -> Any:
+        made = importlib.import_module(method).build(settings)
+        if not batch_statistics:
+            without_batch_statistics(made)
+        if gradients:
+            _watch(made, "before_update", lambda moment: _keep(made, moment, settings.output_dir / GRADIENTS))
+        if each_step is not None:
+            _watch(made, "before_step", each_step)
+        return made
+
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    train(method, parsed(method, flags), build if batch_statistics else lambda s: without_batch_statistics(build(s)))
+    train(method, settings, build)
 
 
 def without_batch_statistics(module: nn.Module) -> nn.Module:
@@ -62,17 +88,29 @@ def without_batch_statistics(module: nn.Module) -> nn.Module:
     return module
 
 
-def main(jobs: list[dict[str, Any]]) -> None:
-    """Each job's error, if it was one for the user, goes into ERROR in its folder's place."""
-    torch.set_num_threads(1)
-    Accelerator.end_training = lambda self: None  # it destroys the process group, which the next job needs
-    for job in jobs:
-        try:
-            train_job(**job)
-        except SERError as error:
-            folder = Path(job["flags"][job["flags"].index("--output-dir") + 1])
-            folder.with_name(f"{folder.name}.error{os.environ.get('RANK', '')}").write_text(str(error))
+def _watch(method: nn.Module, name: str, call: Callable[[Moment], None]) -> None:
+    """Call ahead of what the loop calls."""
+    original = getattr(method, name)
+
+    def watched(moment: Moment) -> None:
+        call(moment)
+        original(moment)
+
+    setattr(method, name, watched)
+
+
+def _keep(method: nn.Module, moment: Moment, path: Path) -> None:
+    def whole(grad: Tensor) -> Tensor:
+        return grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+
+    if moment.step == 0:
+        found = {name: whole(p.grad) for name, p in method.named_parameters() if p.grad is not None}
+        if place()[0] == 0:
+            torch.save(found, path)
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(1)
+    Accelerator.end_training = lambda self: None  # it destroys the process group, which the next job needs
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        train_job(**job)

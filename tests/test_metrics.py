@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ser_reg import SERError, equivariance_score
+from ser_reg import GroupElement, SERError, act, equivariance_score, metrics
 
 
 def plain(depth=3, **kwargs):
@@ -43,6 +44,43 @@ def test_one_for_an_equivariant_network():
         assert readings["spatial"] > readings["spatial_floor"] + 0.3
 
 
+def permuted(vit, images, layers):
+    """The patches' mean colours as tokens, at random places that each call draws anew."""
+    tokens = F.avg_pool2d(images, 4)
+    order = torch.randperm(tokens[0, 0].numel())
+    return {layer: tokens.flatten(2)[:, :, order].view_as(tokens) for layer in layers}
+
+
+def test_falls_to_the_floor_when_tokens_lose_their_places(monkeypatch):
+    images = torch.randn(64, 3, 24, 24) + torch.randn(64, 3, 1, 1)  # of a colour each, which the raw reading sees
+    before = equivariance_score(equivariant(), images, layers=[1])
+    monkeypatch.setattr(metrics, "layer_tokens", permuted)
+    after = equivariance_score(equivariant(), images, layers=[1])
+    for transformation, layers in after.items():
+        assert before[transformation][1]["spatial"] > 0.5
+        assert layers[1]["spatial"] == pytest.approx(layers[1]["spatial_floor"], abs=0.05)
+        assert layers[1]["raw"] > layers[1]["raw_floor"] + 0.3  # the colour is kept by any order
+
+
+@pytest.mark.parametrize(
+    ("turns", "flip", "scale", "tolerance"),
+    [(1, False, 1.0, 1e-5), (2, False, 1.0, 1e-5), (3, True, 1.0, 1e-5), (0, True, 1.0, 1e-5), (0, False, 4 / 3, 0.05)],
+)
+def test_an_element_and_its_inverse_score_alike(turns, flip, scale, tolerance, monkeypatch):
+    """From x to g·x as from g·x back to x: exactly for permutations, up to resampling for scale."""
+    vit = plain(dynamic_img_size=True)
+    images = F.interpolate(torch.randn(8, 3, 4, 4), (24, 24), mode="bicubic")
+    g = GroupElement(torch.tensor([turns]), torch.tensor([flip]), torch.full((1, 2), scale, dtype=torch.float64))
+    scores = []
+    for element, x in ((g, images), (~g, act(g, images))):
+        monkeypatch.setattr(metrics, "transformations", lambda vit, images, element=element: {"g": [element]})
+        scores.append(equivariance_score(vit, x)["g"])
+    for layer in scores[0]:
+        for reading in ("raw", "spatial"):
+            assert scores[0][layer][reading] == pytest.approx(scores[1][layer][reading], abs=tolerance)
+            assert scores[0][layer][reading] < 0.999
+
+
 def test_untrained_network_lies_between():
     scores = equivariance_score(plain(dynamic_img_size=True), torch.randn(6, 3, 24, 24))
     assert list(scores) == ["rotation", "flip", "scale"]
@@ -72,6 +110,16 @@ def test_scale_moves_the_smallest_grid_too():
 
 def test_static_model_is_scored_without_scale():
     assert list(equivariance_score(plain(), torch.randn(2, 3, 24, 24), layers=[3])) == ["rotation", "flip"]
+
+
+def test_rectangles():
+    """A model of one size does not take the turned image; one of any size does."""
+    kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0, "img_size": (16, 24)}
+    images = torch.randn(2, 3, 16, 24)
+    static = timm.models.VisionTransformer(**kwargs)
+    assert list(equivariance_score(static, images)) == ["flip"]
+    dynamic = timm.models.VisionTransformer(**kwargs, dynamic_img_size=True)
+    assert list(equivariance_score(dynamic, images)) == ["rotation", "flip", "scale"]
 
 
 def test_leaves_the_model_as_it_was():

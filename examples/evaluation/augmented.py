@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 
 import torch
@@ -83,7 +83,7 @@ class AugmentedImages:
 class AugmentedBatches:
     """Features of random crops, for a classifier that every process trains alike: batches are gathered."""
 
-    def __init__(self, images: AugmentedImages, encoder: Encoder, compute) -> None:
+    def __init__(self, images: AugmentedImages, encoder: Encoder, compute: Callable[[Encoder, Tensor], Tensor]) -> None:
         self.images, self.encoder, self.compute = images, encoder, compute
         self.steps = images.steps
 
@@ -110,7 +110,9 @@ class _Crops(Dataset[tuple[Tensor, int, str, str]]):
             black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return black, NO_LABEL, self.source.name(index), error.given
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((seed, index)) % 2**63)
+            torch.default_generator.manual_seed(
+                hash((seed, index)) % 2**63
+            )  # the CPU's alone, where images are cropped
             return self.transform(image), int(self.labels[index]), "", ""
 
 

@@ -31,7 +31,7 @@ from .encoder import Encoder, pooled
 __all__ = ["Features", "Recipe", "Some", "class_tokens", "extract", "read"]
 
 CHUNK = 4096  # images a file
-SAMPLED = 16  # images whose pixels stand for those of the data set
+SAMPLED, SIDE = 16, 32  # images, and pixels a side, that stand for all pixels of the data set
 
 Batch = tuple[list[int], Tensor | None, list[tuple[str, str]]]  # numbers and images that were read; those that were not
 
@@ -143,15 +143,17 @@ def extract(
     """
     folder = cache / recipe.name
     key = {
+        "recipe": recipe.name,
         "model": encoder.fingerprint,
-        "images": _fingerprint(source, encoder.size),
+        "images": _fingerprint(source),
         "transform": f"{encoder.size} pixels, mean {encoder.mean}, std {encoder.std}",
     }
     parts = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     if not parts:
         raise SERError(f"features into {folder}", "a data set without images", "at least one", "--data FOLDER")
     paths = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-    missing = [number for number, path in enumerate(paths) if not _fits(path, key)]
+    keys = [key | {"places": f"{part.start} to {part.stop}"} for part in parts]
+    missing = [number for number, path in enumerate(paths) if not _fits(path, keys[number])]
     accelerator.wait_for_everyone()  # before anybody writes: all have seen the same files
     if missing:
         note(f"features of {sum(len(parts[n]) for n in missing)} of {len(source)} images into {folder}")
@@ -167,7 +169,7 @@ def extract(
         )
         batches = iter(loader)
         for number in mine:
-            _write(paths[number], parts[number], batches, encoder, recipe, key, accelerator.device)
+            _write(paths[number], parts[number], batches, encoder, recipe, keys[number], accelerator.device)
     accelerator.wait_for_everyone()
     features = Features(source, paths)
     if not len(features.labels):
@@ -185,12 +187,12 @@ def read(source: Source, size: int, workers: int) -> tuple[Tensor, list[tuple[st
     return torch.cat(images or [torch.empty(0, 3, size, size)]), [one for *_, failed in batches for one in failed]
 
 
-def _fingerprint(source: Source, size: int) -> str:
+def _fingerprint(source: Source) -> str:
     """Of the names of all images and the pixels of some: others under the same names are noticed."""
     digest = hashlib.sha256(str(len(source)).encode())
     for i in range(len(source)):
         digest.update(f"\n{source.name(i)}".encode())
-    sample, _ = read(Some(source, sorted({i * len(source) // SAMPLED for i in range(SAMPLED)})), size, 0)
+    sample, _ = read(Some(source, sorted({i * len(source) // SAMPLED for i in range(SAMPLED)})), SIDE, 0)
     digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from results import atomically
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from ser_reg import SERError
 
@@ -86,13 +91,17 @@ def restore(
     state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> int:
     """Put a checkpoint back; returns the number of steps that are done."""
-    set_state_dict(
-        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_whole()
-    )
+    set_model_state_dict(module, state["model"], options=_whole())
+    # Not strict: what has not learned yet (DINO's last layer, in the first epoch) has no state to put back, and should
+    # not keep the one that torch makes while it loads.
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_whole(strict=False))
+    for name, parameter in module.named_parameters():
+        if name.removeprefix("module.") not in state["optimizer"]["state"]:
+            optimizer.state.pop(parameter, None)
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
-def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _whole(strict: bool = True) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)

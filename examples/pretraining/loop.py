@@ -42,6 +42,7 @@ from .tracking import Log, progress_bar
 
 __all__ = ["build_objective", "shard", "synchronise", "train"]
 
+LOCAL_AREA = (0.05, 0.25)  # of the 2+4 views (released code of SER), whatever the base method has
 DROPPED_PATHS = 3  # a stream of random numbers: the partition has 0 and 1, the geometry 2
 
 S = TypeVar("S", bound=Settings)
@@ -68,7 +69,7 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
     source, held_out = open_source(settings.data, "train", settings.seed), _held_out(settings, console)
     part = settings.batch_size // settings.accumulate
     whole = whole_images(part, settings.partition_ratio, ranks)
-    per_epoch = len(source) // settings.batch_size
+    per_epoch = (len(source) // part) // settings.accumulate
     steps = settings.steps or max(1, round(settings.epochs * per_epoch))
     PartitionSampler(len(source), settings.batch_size, whole, rank, ranks, settings.seed)  # says what does not fit
 
@@ -93,7 +94,13 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
 
     method: Method = objective.method
     views, local_views = policies(
-        base, settings.image_size, _area(settings), settings.local_size, settings.local_views, blur=settings.blur
+        base,
+        settings.image_size,
+        _area(settings),
+        settings.local_size,
+        settings.local_views,
+        LOCAL_AREA,
+        settings.blur,
     )
     sampler = PartitionSampler(
         len(source),
