@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def train_job(
     flags: Sequence[object],
     batch_statistics: bool = True,
     gradients: bool = False,
+    stop_after: int | None = None,
     each_step: Callable[[Moment], None] | None = None,
 ) -> None:
     """What ``python examples/METHOD.py`` does.
@@ -56,6 +58,7 @@ def train_job(
         flags: on top of the tiny settings.
         batch_statistics: False for layer norm in place of batch norm.
         gradients: write those of the first step down.
+        stop_after: steps, of which the last is interrupted by SIGTERM.
         each_step: called ahead of each.
     """
     settings = parsed(method, flags)
@@ -66,6 +69,8 @@ def train_job(
             without_batch_statistics(made)
         if gradients:
             _watch(made, "before_update", lambda moment: _keep(made, moment, settings.output_dir / GRADIENTS))
+        if stop_after is not None:
+            _watch(made, "before_step", lambda moment: _stop(moment.step + 1 == stop_after))
         if each_step is not None:
             _watch(made, "before_step", each_step)
         return made
@@ -97,6 +102,11 @@ def _watch(method: nn.Module, name: str, call: Callable[[Moment], None]) -> None
         original(moment)
 
     setattr(method, name, watched)
+
+
+def _stop(now: bool) -> None:
+    if now:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _keep(method: nn.Module, moment: Moment, path: Path) -> None:

@@ -55,6 +55,18 @@ def test_plain_timm_loads_it_in_one_line(vit, folder):
         assert torch.equal(output(late_cls(loaded, 2)), output(vit))
 
 
+def test_says_how_images_were_normalised(vit, folder, tmp_path):
+    assert tuple(load_encoder(str(folder)).pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    export_timm(vit, tmp_path / "half", NAME, pixels=half, **ARGUMENTS)
+    for loaded in (
+        load_encoder(str(tmp_path / "half")),
+        timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True),
+    ):
+        assert list(loaded.pretrained_cfg["std"]) == half["std"]
+        assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 32, 32)
+
+
 def test_says_with_which_layer_it_was_trained(folder):
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         assert weights.metadata()["late_cls"] == "2"

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -657,16 +655,6 @@ def test_local_views_never_go_through_the_momentum_encoder():
 # Stop and go on
 
 
-def stopped_after(method, flags, step):
-    """A training that gets SIGTERM during its step number `step`."""
-
-    def stop(moment):
-        if moment.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    train_job(method, flags, each_step=stop)
-
-
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -681,11 +669,11 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, method, more):
     flags = ["--steps", 6, *more]  # DINO's last layer learns from the third of two epochs' six steps on
     whole, parts = [*flags, "--output-dir", tmp_path / "whole"], [*flags, "--output-dir", tmp_path / "parts"]
     train_job(method, whole)
-    stopped_after(method, parts, step=2)
+    train_job(method, parts, stop_after=2)
     assert [line["step"] for line in lines(tmp_path / "parts")] == [0, 1]
     assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
     assert load_encoder(str(tmp_path / "parts" / "encoder"))
-    stopped_after(method, parts, step=5)
+    train_job(method, parts, stop_after=5)
     train_job(method, parts)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     ours, other = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("parts", "whole"))
@@ -699,7 +687,7 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, method, more):
 
 def test_lines_after_the_checkpoint_and_a_line_that_was_cut_off_are_dropped(tmp_path):
     flags = ["--steps", 4, "--output-dir", tmp_path / "run"]
-    stopped_after("moco_v3", flags, step=2)
+    train_job("moco_v3", flags, stop_after=2)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     train_job("moco_v3", flags)
@@ -708,7 +696,7 @@ def test_lines_after_the_checkpoint_and_a_line_that_was_cut_off_are_dropped(tmp_
 
 def test_only_whole_checkpoints_are_picked_up(tmp_path):
     flags = ["--output-dir", tmp_path / "run"]
-    stopped_after("moco_v3", flags, step=2)
+    train_job("moco_v3", flags, stop_after=2)
     path = tmp_path / "run" / "checkpoint.pt"
     whole = path.read_bytes()
     stale = path.with_name(".123-checkpoint.pt")
@@ -728,7 +716,7 @@ def test_only_whole_checkpoints_are_picked_up(tmp_path):
 
 def test_resume_with_other_settings_is_refused(tmp_path):
     flags = ["--output-dir", tmp_path / "run"]
-    stopped_after("dino", flags, step=2)
+    train_job("dino", flags, stop_after=2)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(SERError, match="the same settings") as error:
         train_job("dino", [*flags, "--ser-lambda", 0.25, "--center-momentum", 0.8])
@@ -893,7 +881,7 @@ def test_unreadable_images_are_counted_and_named_once(tmp_path, capsys):
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
     flags = ["--data", tmp_path / "data", "--steps", 6, "--output-dir", tmp_path / "run"]
-    stopped_after("dino", flags, step=3)
+    train_job("dino", flags, stop_after=3)
     train_job("dino", flags)
     assert sorted((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == list(map(str, broken))
     assert "2 images could not be read" in capsys.readouterr().out

@@ -86,7 +86,9 @@ def test_import_leaves_extras_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_examples_use_the_public_names(path):
     _, others = imports(path)
     assert not {name for name in others if name.startswith("ser_reg.")}

@@ -266,7 +266,7 @@ def _describe(
     positions = getattr(objective.method.encoder, "pos_embed", None)
     fixed = 0 if positions is None or positions.requires_grad else positions.numel()
     ser = f", {(all_ + fixed) / 1e6:.1f} M with SER" if all_ > base else ", no SER"
-    but = f" ({fixed / 1e6:.2f} M of them fixed positions)" if fixed else ""
+    but = f" ({fixed / 1e6:.2f} M of them fixed positions)" if fixed > 5000 else ""
     console.print(f"{(base + fixed) / 1e6:.1f} M parameters{ser}{but}; [CLS] joins after {settings.late_layer} blocks")
     batches = f"{part} images" + (f" in each of {settings.accumulate} parts" if settings.accumulate > 1 else "")
     console.print(f"{len(source):,} images; {steps:,} steps of {batches}, {whole} of them whole; {ranks} processes")

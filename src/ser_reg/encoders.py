@@ -135,7 +135,7 @@ def _build(folder: Path) -> nn.Module:
     elif str(layer) != str(config.get("late_cls", layer)):
         given = f"late_cls={layer} in {WEIGHTS}, {config['late_cls']} in {CONFIG}"
         raise SERError(call, given, "files of one export", remedy)
-    vit = create(name, **model_args)
+    vit = create(name, pretrained_cfg_overlay=config.get("pretrained_cfg") or None, **model_args)
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:

@@ -1,0 +1,274 @@
+"""The reference trainings on several processes, and their scripts as they are started, killed and stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("braceexpand")
+pytest.importorskip("rich")
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
+pytest.importorskip("tyro")
+
+from pretraining_jobs import GRADIENTS, METHODS, TINY, train_job  # noqa: E402
+from test_pretraining import _on_cpu, lines, picture  # noqa: E402, F401  (a fixture)
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+JOBS = Path(__file__).with_name("pretraining_jobs.py")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+SAME = ("loss", "base", "ser", "ser_chance", "learning_rate")
+
+
+def start(*command, processes=None):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
+    command = [sys.executable, *launcher, *command]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE"))}
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
+def finish(process, seconds=120):
+    """Exit code and output; nothing that hangs outlives the test."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"hangs after {seconds} s\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def script(method, *flags, processes=None):
+    return start(EXAMPLES / f"{method}.py", *TINY.split(), *flags, processes=processes)
+
+
+def wait_for_lines(process, folder, count, seconds=60):
+    end = time.monotonic() + seconds
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no {count} lines: {finish(process, 1)}")
+
+
+# The same batch on any number of processes
+
+DDP = {
+    "moco_v3": [
+        [],
+        ["--partition-ratio", 5 / 16],  # shares of b2 that differ
+        ["--local-views", 4],
+        ["--ser-target", "momentum", "--all-layers"],
+        ["--accumulate", 2],
+    ],
+    "dino": [
+        ["--knn-every", 0.02],
+        ["--partition-ratio", 5 / 16, "--ser-target", "momentum"],
+        ["--local-views", 4, "--accumulate", 2],
+        ["--partition-ratio", 0],
+    ],
+    "barlow_twins": [[], ["--partition-ratio", 5 / 16, "--ser-lambda", 0], ["--local-views", 4, "--all-layers"]],
+}
+CASES = [(method, number) for method, cases in DDP.items() for number in range(len(cases))]
+FOUR = [("moco_v3", 1), ("dino", 1), ("barlow_twins", 2)]
+
+
+def job(method, flags, folder, **more):
+    """Clipping is left out: it would hide gradients that are wrong by a factor, as Adam does."""
+    plain = ["--clip", None, *(["--drop-path", 0] if method == "dino" else [])]
+    flags = [*plain, *flags, "--output-dir", folder]
+    return {"method": method, "flags": list(map(str, flags)), "batch_statistics": False, **more}
+
+
+def launch(jobs, folder, processes):
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    code, out, err = finish(start(JOBS, folder / "jobs.json", processes=processes), 300)
+    assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
+    return out
+
+
+@pytest.fixture(scope="module")
+def unreadable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(20):
+        picture(folder / f"{i:02}.png", i)
+    for i in (3, 4, 9):
+        (folder / f"{i:02}.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory, unreadable):
+    """All that is run on two processes, run at once. Batch norm gives way to layer norm: on CPUs each process has batch
+    statistics of its own."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [job(m, DDP[m][n], folder / f"{m}{n}", gradients=True) for m, n in CASES]
+    jobs += [job(m, ["--fsdp", *DDP[m][0]], folder / f"{m}_fsdp", gradients=True) for m in METHODS]
+    stopped = job("dino", ["--fsdp", *DDP["dino"][0]], folder / "stopped_fsdp")
+    jobs += [stopped | {"stop_after": 2}, stopped]
+    before = signal.getsignal(signal.SIGTERM)
+    train_job(**job("dino", ["--steps", 4], folder / "moved", stop_after=2))
+    signal.signal(signal.SIGTERM, before)
+    jobs.append(job("dino", ["--steps", 4], folder / "moved"))
+    jobs.append(job("dino", ["--data", unreadable, "--steps", 5], folder / "unreadable"))
+    (folder / "output").write_text(launch(jobs, folder, 2))
+    return folder
+
+
+def assert_same(folder, other):
+    ours, others = lines(folder), lines(other)
+    assert [line["step"] for line in ours] == [line["step"] for line in others]
+    for line, twin in zip(ours, others, strict=True):
+        assert line.keys() == twin.keys()
+        for name in {*SAME, "knn"} & line.keys():
+            assert line[name] == pytest.approx(twin[name], rel=1e-4, abs=2e-3 if name == "knn" else 1e-9), name
+    assert max(line["loss"] for line in ours) - min(line["loss"] for line in ours) > 1e-3  # it moves
+
+
+def assert_same_gradients(folder, other):
+    ours, others = (torch.load(place / GRADIENTS, weights_only=True) for place in (folder, other))
+    assert ours.keys() == others.keys()
+    assert len(ours) > 30
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "number"), CASES)
+def test_two_processes_train_as_one(tmp_path, on_two, method, number):
+    train_job(**job(method, DDP[method][number], tmp_path / "one", gradients=True))
+    assert_same(on_two / f"{method}{number}", tmp_path / "one")
+    assert_same_gradients(on_two / f"{method}{number}", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_parameters_train_as_whole_ones(on_two, method):
+    assert_same(on_two / f"{method}_fsdp", on_two / f"{method}0")
+    assert_same_gradients(on_two / f"{method}_fsdp", on_two / f"{method}0")
+    sharded, whole = (on_two / name / "checkpoint.pt" for name in (f"{method}_fsdp", f"{method}0"))
+    ours, others = (torch.load(path, weights_only=True)["model"] for path in (sharded, whole))
+    assert ours.keys() == others.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_stopped_sharded_training_goes_on(on_two):
+    assert_same(on_two / "stopped_fsdp", on_two / "dino_fsdp")
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_another_number_of_processes(tmp_path, on_two):
+    train_job(**job("dino", ["--steps", 4], tmp_path / "one"))
+    assert_same(on_two / "moved", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_unreadable_images_of_all_processes_are_counted_once(on_two, unreadable):
+    found = (on_two / "unreadable" / "unreadable.txt").read_text().splitlines()
+    assert sorted(found) == [str(unreadable / f"{i:02}.png") for i in (3, 4, 9)]
+    assert "3 images could not be read" in (on_two / "output").read_text()
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(tmp_path):
+    launch([job(m, DDP[m][n], tmp_path / m, gradients=True) for m, n in FOUR], tmp_path, 4)
+    for method, number in FOUR:
+        train_job(**job(method, DDP[method][number], tmp_path / "one" / method, gradients=True))
+        assert_same(tmp_path / method, tmp_path / "one" / method)
+        assert_same_gradients(tmp_path / method, tmp_path / "one" / method)
+
+
+# The scripts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "processes"), [("moco_v3", 2), ("dino", None), ("barlow_twins", 2)])
+def test_script_trains_as_it_is(tmp_path, method, processes):
+    code, out, err = finish(script(method, "--output-dir", tmp_path / "run", processes=processes))
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint.pt",
+        "encoder",
+        "metrics.jsonl",
+        "settings.json",
+    }
+    assert {path.name for path in (tmp_path / "run" / "encoder").iterdir()} == {"config.json", "model.safetensors"}
+    assert len(lines(tmp_path / "run")) == 3
+    assert out.count("1,920 images; 3 steps of 16 images, 4 of them whole") == 1
+    assert "Traceback" not in err
+    assert "Warning" not in err
+
+
+@pytest.mark.slow
+def test_script_says_what_to_type(tmp_path):
+    flags = ["--batch-size", 15, "--output-dir", tmp_path / "run"]
+    running = [script("moco_v3", "--layer", 9), script("dino", *flags, processes=2)]
+    (code, _, err), (shared, _, said) = map(finish, running)
+    assert code == 1
+    assert err.startswith("moco_v3.py\n  given:    layer=9 of an encoder of 3 blocks")
+    assert "remedy:   python examples/moco_v3.py --layer 3" in err
+    assert "Traceback" not in err
+    assert shared != 0
+    assert "remedy:   --batch-size 1" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_killed_training_goes_on_bit_for_bit(tmp_path):
+    """At random moments, writing a checkpoint as likely as not; dropped paths are drawn anew."""
+    flags = ["--steps", 14, "--epochs", 2, "--drop-path", 0.3, "--checkpoint-minutes", 0, "--output-dir"]
+    reference = script("dino", *flags, tmp_path / "whole")
+    draw, kills = random.Random(), []
+    for count in (2, 5, 9):
+        running = script("dino", *flags, tmp_path / "killed")
+        wait_for_lines(running, tmp_path / "killed", count)
+        kills.append(draw.uniform(0, 0.4))
+        time.sleep(kills[-1])
+        os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        if (tmp_path / "killed" / "checkpoint.pt").exists():
+            torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    for running in (script("dino", *flags, tmp_path / "killed"), reference):
+        code, _, err = finish(running)
+        assert code == 0, f"killed after {kills}: {err}"
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole"), f"killed after {kills}"
+    assert len(lines(tmp_path / "killed")) == 14
+    ours, others = (tmp_path / name / "encoder" / "model.safetensors" for name in ("killed", "whole"))
+    assert ours.read_bytes() == others.read_bytes()
+    assert not list((tmp_path / "killed").glob(".*checkpoint*"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_leaves_a_checkpoint(tmp_path):
+    """As schedulers send it, and torchrun passes it on: to those that prepare images as well."""
+    folder = tmp_path / "run"
+    flags = ["--steps", 4000, "--checkpoint-minutes", 60, "--log-every", 5, "--workers", 1, "--output-dir", folder]
+    running = script("moco_v3", *flags, processes=2)
+    wait_for_lines(running, folder, 5)
+    running.send_signal(signal.SIGTERM)
+    code, out, err = finish(running, 60)
+    assert code != 0  # torchrun's, which was stopped itself
+    assert "stopped after step" in out, err
+    assert "DataLoader worker" not in err
+    done = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert [line["step"] for line in lines(folder)] == list(range(done))
+    assert (folder / "encoder" / "model.safetensors").exists()
