@@ -4,7 +4,8 @@
     python examples/ablate.py all --jobs 2              # all of them, two trainings at a time
 
 Runs go to OUTPUT_DIR/runs and are shared between ablations; one that was stopped goes on where it was, and one that is
-done is not run again. OUTPUT_DIR then holds a table (.md), a picture (.png) and the raw results (.json) of each.
+done is not run again. OUTPUT_DIR then holds a table (.md) and a picture (.png) of each ablation, and results.json, the
+raw results of all runs in it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rich.progress import Progress
 
 from ser_reg import SERError
 
-__all__ = ["Settings", "main"]
+__all__ = ["Settings", "collect", "main"]
 
 EXAMPLES = Path(__file__).parent
 JUDGED = "judged.json"
@@ -69,24 +70,28 @@ def main(settings: Settings) -> None:
     console = Console(soft_wrap=True)
     wanted = {v.folder: v for name in names for v in ABLATIONS[name].variants}
     runs = [(variant, seed) for seed in settings.seeds for variant in wanted.values()]
-    results: dict[str, dict[str, Any]] = {folder: {} for folder in wanted}
     with Progress(console=console) as progress, ThreadPoolExecutor(settings.jobs) as pool:
         task = progress.add_task(f"{len(runs)} trainings", total=len(runs))
-        futures = {run: pool.submit(train_and_judge, settings, *run) for run in runs}
         try:
-            for (variant, seed), future in futures.items():
-                results[variant.folder][str(seed)] = future.result()
+            for future in as_completed([pool.submit(train_and_judge, settings, *run) for run in runs]):
+                future.result()
                 progress.advance(task)
         finally:
             pool.shutdown(cancel_futures=True)
+    results = collect(settings.output_dir)
+    with atomically(settings.output_dir / "results.json") as path:
+        path.write_text(json.dumps(results))
     for name in names:
-        write(settings.output_dir, name, results)
+        with atomically(settings.output_dir / f"{name}.md") as path:
+            path.write_text(markdown(ABLATIONS[name], results) + "\n")
+        with atomically(settings.output_dir / f"{name}.png") as path:
+            draw(path, ABLATIONS[name], results)
         console.print(f"\n[bold]{ABLATIONS[name].title}[/] ({ABLATIONS[name].source})\n")
         console.print(markdown(ABLATIONS[name], results), markup=False, highlight=False)
 
 
-def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str, Any]:
-    """Flags, result and environment of one run, which are kept in its folder."""
+def train_and_judge(settings: Settings, variant: Variant, seed: int) -> None:
+    """One run; flags, environment and result are kept in its folder."""
     folder = settings.output_dir / "runs" / variant.folder / f"seed{seed}"
     found = folder / JUDGED
     flags = [*variant.flags.split(), *settings.flags.split(), "--seed", str(seed)]
@@ -95,7 +100,7 @@ def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str
         if kept["flags"] != flags:
             given = f"{found}, of a run with {' '.join(kept['flags'])}"
             raise SERError("ablate.py", given, " ".join(flags), "python examples/ablate.py ... --output-dir out/other")
-        return kept
+        return
     command = [sys.executable, EXAMPLES / f"{variant.script}.py", "--preset", "small", *flags, "--output-dir", folder]
     threads = max(1, (os.cpu_count() or 1) // settings.jobs)
     quiet = ["--tracker", "none", "--knn-every", "0"]
@@ -114,23 +119,20 @@ def train_and_judge(settings: Settings, variant: Variant, seed: int) -> dict[str
     kept = {"flags": flags, "environment": run["environment"], "steps": _steps(folder), "result": result}
     with atomically(found) as path:
         path.write_text(json.dumps(kept, indent=1))
-    return json.loads(found.read_text())  # as the next time, keys of JSON included
 
 
 def _steps(folder: Path) -> int:
     return sum(1 for _ in (folder / "metrics.jsonl").open())
 
 
-def write(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:
-    """Table, picture and raw results of one ablation."""
-    ablation = ABLATIONS[name]
-    its = {variant.folder: results[variant.folder] for variant in ablation.variants}
-    with atomically(folder / f"{name}.json") as path:
-        path.write_text(json.dumps(its, indent=1))
-    with atomically(folder / f"{name}.md") as path:
-        path.write_text(markdown(ablation, its) + "\n")
-    with atomically(folder / f"{name}.png") as path:
-        draw(path, ablation, its)
+def collect(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the runs in a folder kept, by variant and seed."""
+    results: dict[str, dict[str, Any]] = {}
+    for found in sorted((folder / "runs").glob(f"*/seed*/{JUDGED}")):
+        results.setdefault(found.parent.parent.name, {})[found.parent.name.removeprefix("seed")] = json.loads(
+            found.read_text()
+        )
+    return results
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""The ablations: what they ask for, what they keep, what they show."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+pytest.importorskip("accelerate")
+pytest.importorskip("braceexpand")
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+pytest.importorskip("tyro")
+
+import ablate  # noqa: E402
+import barlow_twins  # noqa: E402
+import dino  # noqa: E402
+import moco_v3  # noqa: E402
+from ablation.plots import draw  # noqa: E402
+from ablation.tables import COLUMNS, markdown, summary  # noqa: E402
+from ablation.variants import ABLATIONS, FULL  # noqa: E402
+from pretraining.settings import parse  # noqa: E402
+
+from ser_reg import SERError  # noqa: E402
+
+PRESETS = {"moco_v3": moco_v3.PRESETS, "dino": dino.PRESETS, "barlow_twins": barlow_twins.PRESETS}
+VARIANTS = [variant for ablation in ABLATIONS.values() for variant in ablation.variants]
+
+
+def invented(seed):
+    """A run as it is kept, of random numbers."""
+    draw = random.Random(seed)
+    readings = ("raw", "spatial", "raw_floor", "spatial_floor")
+    scores = {
+        name: {layer: {reading: draw.random() for reading in readings} for layer in ("1", "2", "10")}
+        for name in ("rotation", "flip", "scale")
+    }
+    accuracy = {"knn": draw.random(), "linear": draw.random()}
+    return {"flags": [], "environment": {}, "steps": 3, "result": {"accuracy": accuracy, "equivariance": scores}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.folder)
+def test_variants_are_settings_of_their_script(variant):
+    settings = parse(PRESETS[variant.script], f"{variant.script}.py", variant.flags.split())
+    assert settings.preset == "small"
+    changed = settings.same_run(PRESETS[variant.script]["small"].plain())
+    assert bool(changed) == bool(variant.flags), "a variant that changes nothing compares nothing"
+
+
+def test_variants_of_one_folder_ask_for_the_same():
+    by_folder = {}
+    for variant in VARIANTS:
+        assert by_folder.setdefault(variant.folder, (variant.script, variant.flags)) == (variant.script, variant.flags)
+    for ablation in ABLATIONS.values():
+        folders = [variant.folder for variant in ablation.variants]
+        assert len(set(folders)) == len(folders)
+        assert {variant.against for variant in ablation.variants} <= set(folders)
+
+
+def test_summary_is_of_the_last_layer():
+    run = invented(0)
+    numbers = summary(run)
+    last = run["result"]["equivariance"]["rotation"]["10"]  # after "2", though not for strings
+    assert numbers["rotation"] == last["spatial"]
+    assert numbers["rotation_raw"] == last["raw"]
+    assert numbers["rotation_excess"] == last["spatial"] - last["spatial_floor"]
+
+
+def test_table_is_mean_and_spread_over_seeds():
+    ablation = ABLATIONS["control"]
+    results = {v.folder: {str(s): invented(f"{v.folder}{s}") for s in (0, 1, 2)} for v in ablation.variants}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(ablation, results).splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    head = rows[0]
+    row = next(row for row in rows if row[0] == "λ = 0")
+    runs = [summary(run) for run in results["moco_v3--ser-lambda-0"].values()]
+    full = [summary(run) for run in results[FULL.folder].values()]
+    values = [100 * run["knn"] for run in runs]
+    assert row[head.index("k-NN, %")] == f"{mean(values):.1f} ± {stdev(values):.1f}"
+    differences = [100 * (run["knn"] - other["knn"]) for run, other in zip(runs, full, strict=True)]
+    assert row[head.index("k-NN, difference")] == f"{mean(differences):+.1f} ± {stdev(differences):.1f}"
+    assert row[-1] == "68.82"
+    ours = next(row for row in rows if row[0] == "SER")
+    assert ours[head.index("k-NN, difference")] == ""
+    assert len(head) == 1 + len(COLUMNS) + 2 + 1
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_can_be_drawn(name, tmp_path):
+    ablation = ABLATIONS[name]
+    draw(tmp_path / "x.png", ablation, {v.folder: {"0": invented(v.folder)} for v in ablation.variants})
+    with Image.open(tmp_path / "x.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_wrong_requests_say_what_to_type(tmp_path):
+    with pytest.raises(SERError, match="one of methods, layer, control, ratio, lambda, group, all-layers, cls, or all"):
+        ablate.main(ablate.Settings("depth", output_dir=tmp_path))
+    for wrong in ({"seeds": ()}, {"jobs": 0}):
+        with pytest.raises(SERError, match="--seeds 0 1 2 --jobs 1"):
+            ablate.main(ablate.Settings("layer", output_dir=tmp_path, **wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_fails_is_told_with_its_error(tmp_path):
+    settings = ablate.Settings("layer", flags="--layer 9 --steps 1", output_dir=tmp_path)
+    with pytest.raises(SERError, match=r"a layer from 1 to 6") as error:
+        ablate.train_and_judge(settings, FULL, 0)
+    assert "moco_v3.py --preset small --layer 9" in error.value.remedy
+
+
+@pytest.mark.slow
+def test_command_line_end_to_end(tmp_path):
+    def run(flags):
+        command = [sys.executable, EXAMPLES / "ablate.py", "all-layers", "--seeds", 0, "--output-dir", tmp_path]
+        return subprocess.run(
+            [*map(str, command), "--flags", flags], capture_output=True, text=True, check=False, env=os.environ
+        )
+
+    tiny = "=--steps 2 --batch-size 16 --width 16 --heads 2 --hidden 16 --projection-dim 8"[1:]
+    done = run(f" {tiny}")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"all-layers.md", "all-layers.png", "results.json", "runs"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {variant.folder for variant in ABLATIONS["all-layers"].variants}
+    kept = results["moco_v3"]["0"]
+    assert kept["steps"] == 2
+    assert kept["environment"]["versions"]["torch"]
+    assert set(kept["result"]["equivariance"]["rotation"]) == {str(layer) for layer in range(1, 7)}
+    assert f"{100 * kept['result']['accuracy']['knn']:.1f}" in (tmp_path / "all-layers.md").read_text()
+    again = run(f" {tiny}")  # nothing is trained twice
+    assert again.returncode == 0
+    assert re.findall(r"\|.*\|", again.stdout) == re.findall(r"\|.*\|", done.stdout)
+    other = run(f" {tiny} --layer 3")
+    assert other.returncode != 0
+    assert "of a run with" in other.stderr
