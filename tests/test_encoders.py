@@ -113,6 +113,13 @@ def test_wrong_arguments_leave_the_old_export(vit, folder):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
+def test_what_a_killed_export_left_goes_with_the_next(vit, folder):
+    (folder / ".part-1").mkdir()
+    (folder / ".part-1" / "model.safetensors").write_bytes(b"half")
+    export_timm(vit, folder, NAME, **ARGUMENTS)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
 def test_two_witnesses_that_disagree_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"late_cls": 1}))

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 pytest.importorskip("accelerate")
 pytest.importorskip("braceexpand")
@@ -20,8 +23,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 pytest.importorskip("tyro")
 
-from pretraining_jobs import GRADIENTS, METHODS, TINY, train_job  # noqa: E402
-from test_pretraining import _on_cpu, lines, picture  # noqa: E402, F401  (a fixture)
+from pretraining_jobs import GRADIENTS, METHODS, TINY, train_job
+from test_pretraining import _on_cpu, lines, picture  # noqa: F401  (a fixture)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 JOBS = Path(__file__).with_name("pretraining_jobs.py")
@@ -43,7 +46,7 @@ def start(*command, processes=None):
     )
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=300):
     """Exit code and output; nothing that hangs outlives the test."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -58,7 +61,7 @@ def script(method, *flags, processes=None):
     return start(EXAMPLES / f"{method}.py", *TINY.split(), *flags, processes=processes)
 
 
-def wait_for_lines(process, folder, count, seconds=60):
+def wait_for_lines(process, folder, count, seconds=200):
     end = time.monotonic() + seconds
     path = folder / "metrics.jsonl"
     while time.monotonic() < end and process.poll() is None:
@@ -99,7 +102,7 @@ def job(method, flags, folder, **more):
 
 def launch(jobs, folder, processes):
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    code, out, err = finish(start(JOBS, folder / "jobs.json", processes=processes), 300)
+    code, out, err = finish(start(JOBS, folder / "jobs.json", processes=processes), 500)
     assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
     return out
 
@@ -147,7 +150,7 @@ def assert_same_gradients(folder, other):
     assert ours.keys() == others.keys()
     assert len(ours) > 30
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.allclose(gradient, others[name], rtol=1e-3, atol=1e-6), name
 
 
 @pytest.mark.slow
@@ -252,8 +255,9 @@ def test_killed_training_goes_on_bit_for_bit(tmp_path):
         assert code == 0, f"killed after {kills}: {err}"
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole"), f"killed after {kills}"
     assert len(lines(tmp_path / "killed")) == 14
-    ours, others = (tmp_path / name / "encoder" / "model.safetensors" for name in ("killed", "whole"))
-    assert ours.read_bytes() == others.read_bytes()
+    ours, others = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in ours.items())
     assert not list((tmp_path / "killed").glob(".*checkpoint*"))
 
 
@@ -265,7 +269,7 @@ def test_sigterm_to_all_processes_leaves_a_checkpoint(tmp_path):
     running = script("moco_v3", *flags, processes=2)
     wait_for_lines(running, folder, 5)
     running.send_signal(signal.SIGTERM)
-    code, out, err = finish(running, 60)
+    code, out, err = finish(running, 200)
     assert code != 0  # torchrun's, which was stopped itself
     assert "stopped after step" in out, err
     assert "DataLoader worker" not in err

@@ -40,7 +40,7 @@ EXTRA = {  # what `pip install "ser-reg[report]"` brings
     "report": {"rich"},
     "report_maps": {"matplotlib", "numpy", "sklearn"},
     "report_plots": {"matplotlib"},
-    "report_probes": {"numpy", "sklearn"},
+    "report_probes": {"numpy", "sklearn", "threadpoolctl"},
 }
 RUNTIME = {"torch", "timm", "einops", "safetensors"}  # timm brings the last
 

@@ -159,7 +159,8 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
             log.add(step, rate, mean, settings.batch_size, waited)
 
             last, evaluates = step + 1 == steps, knn_steps and ((step + 1) % knn_steps == 0 or step + 1 == steps)
-            if not ((step + 1) % settings.log_every == 0 or last or evaluates):
+            alone_and_stopping = ranks == 1 and stop.wished  # several processes stop together, when they write the log
+            if not ((step + 1) % settings.log_every == 0 or last or evaluates or alone_and_stopping):
                 continue
             extra = {}
             if evaluates:

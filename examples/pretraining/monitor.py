@@ -49,7 +49,7 @@ def knn(
     """20-NN accuracy on the held-out images, a part of 1."""
     bank = embeddings(encoder, train, size, accelerator, workers)
     asked = embeddings(encoder, held_out, size, accelerator, workers)
-    return knn_accuracy(*bank, *asked)
+    return knn_accuracy(*bank, *asked, device=accelerator.device)
 
 
 class Collapse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,8 +167,10 @@ def _call(model: str) -> nn.Module:
 @contextmanager
 def _replaced(*paths: Path) -> Iterator[list[Path]]:
     """Places in a folder beside, moved over `paths` when all are written and nothing was raised."""
+    for left in paths[0].parent.glob(".part-*"):  # by an export that was killed
+        shutil.rmtree(left)
     beside = paths[0].parent / f".part-{os.getpid()}"
-    beside.mkdir(exist_ok=True)
+    beside.mkdir()
     parts = [beside / path.name for path in paths]
     try:
         yield parts

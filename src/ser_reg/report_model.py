@@ -19,7 +19,7 @@ from .vit import accepts_any_size, cls_layer, depth, native_pixels, patch_size, 
 
 __all__ = ["look"]
 
-VIEWS = 160  # that probes see, about or more: several parts of each image where there are fewer images
+VIEWS = 120  # that probes see, about or more: several parts of each image where there are fewer images
 SHOWN = 3  # images with token maps
 
 

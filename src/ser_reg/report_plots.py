@@ -110,8 +110,11 @@ def _finish(figure: Figure, path: Path, records: Records, lowest: Any, quantitie
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     models = [Line2D([], [], ls=SCORE, label=short(name), **_look(i)) for i, name in enumerate(records)]
     lines = [Line2D([], [], color=GREY, ls=style, label=label) for label, style in quantities.items()]
-    handles = models + lines
-    columns = 1 if len(lowest) == 1 else 2 if max(len(short(name)) for name in records) > 30 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False)
+    if len(lowest) == 1:
+        figure.legend(handles=models + lines, loc="outside lower left", frameon=False)
+    else:
+        columns = 2 if len(lowest) > 2 and max(len(short(name)) for name in records) < 30 else 1
+        figure.legend(handles=models, loc="outside lower left", ncols=columns, frameon=False)
+        figure.legend(handles=lines, loc="outside lower right", frameon=False)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=110)
