@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -334,7 +335,7 @@ def parse(presets: dict[str, S], script: str, arguments: list[str] | None = None
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     preset = "small"
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in pairwise([*arguments, ""]):
         if flag == "--preset":
             preset = value
         elif flag.startswith("--preset="):

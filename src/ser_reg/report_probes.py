@@ -84,9 +84,7 @@ def probe(features: Tensor, images: list[int]) -> Accuracy:
     labels = np.tile(np.arange(elements), n)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-3, max_iter=10_000))
     folds = GroupKFold(min(FOLDS, len(set(images))))
-    with threadpool_limits(
-        1, user_api="blas"
-    ):  # small: threads would wait for each other
+    with threadpool_limits(1, user_api="blas"):  # small: threads would wait for each other
         told = cross_val_predict(classifier, features.flatten(0, 1).numpy(), labels, groups=groups, cv=folds)
     right: NDArray[np.float64] = np.asarray([(told == labels)[groups == image].mean() for image in np.unique(groups)])
     # Images weigh alike, and are what varies: views of one image are told or not told together.
