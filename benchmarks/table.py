@@ -101,10 +101,21 @@ def flops(rows: Rows) -> list[list[str]]:
     ]
 
 
+def pipeline(rows: Rows) -> list[list[str]]:
+    table = [["images per second (JPEG files of 500×375, two views of MoCo-v3 at 224 pixels)", ""]]
+    for row in rows:
+        if row["kind"] == "pipeline":
+            table.append([f"input pipeline, {row['workers']} workers", spread(row["images_per_second"], 0)])
+        elif row["kind"] == "model":
+            name = f"ViT-S/16, forward and backward of both views, batch {row['batch']}, {row['device'].upper()}"
+            table.append([name, spread(row["images_per_second"], 1)])
+    return table
+
+
 def tables(folder: Path) -> str:
     """All tables of one machine, with what was measured on."""
     texts = []
-    for name, make in {"act": act, "loss": loss, "overhead": overhead, "flops": flops}.items():
+    for name, make in {"act": act, "loss": loss, "overhead": overhead, "flops": flops, "pipeline": pipeline}.items():
         path = folder / f"{name}.json"
         if path.exists():
             head, *lines = make(json.loads(path.read_text())["rows"])

@@ -1,5 +1,6 @@
 """What the README tells users to type is run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_benchmark_tables_are_the_generated_ones(monkeypatch):
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert FOLDERS
     assert all(tables(folder) in text for folder in FOLDERS)
+
+
+def test_ablation_tables_are_the_generated_ones(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from ablation.tables import markdown
+    from ablation.variants import ABLATIONS
+
+    text = (ROOT / "examples" / "README.md").read_text()
+    results = json.loads((ROOT / "examples" / "results" / "ablations.json").read_text())
+    for name, ablation in ABLATIONS.items():
+        assert markdown(ablation, results) in text, name
+        assert f"(results/{name}.png)" in text
+        for variant in ablation.variants:
+            assert len(results[variant.folder]) >= 3, f"{variant.label}: fewer than three seeds"
 
 
 def test_commands_are_there():
