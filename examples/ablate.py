@@ -78,7 +78,7 @@ def main(settings: Settings) -> None:
                 progress.advance(task)
         finally:
             pool.shutdown(cancel_futures=True)
-    results = collect(settings.output_dir)
+    results = collect(settings.output_dir, settings.seeds)
     with atomically(settings.output_dir / "results.json") as path:
         path.write_text(json.dumps(results))
     for name in names:
@@ -125,13 +125,12 @@ def _steps(folder: Path) -> int:
     return sum(1 for _ in (folder / "metrics.jsonl").open())
 
 
-def collect(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the runs in a folder kept, by variant and seed."""
+def collect(folder: Path, seeds: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """What the runs of these seeds in a folder kept, by variant and seed."""
     results: dict[str, dict[str, Any]] = {}
-    for found in sorted((folder / "runs").glob(f"*/seed*/{JUDGED}")):
-        results.setdefault(found.parent.parent.name, {})[found.parent.name.removeprefix("seed")] = json.loads(
-            found.read_text()
-        )
+    for variant in sorted((folder / "runs").iterdir()):
+        kept = {str(seed): variant / f"seed{seed}" / JUDGED for seed in seeds}
+        results[variant.name] = {seed: json.loads(path.read_text()) for seed, path in kept.items() if path.exists()}
     return results
 
 

@@ -1,7 +1,7 @@
 """Pretrain a ViT with DINO and soft equivariance (SER).
 
     python examples/dino.py                                                # minutes on a CPU, embedded photographs
-    accelerate launch examples/dino.py --preset paper --data /data/imagenet --precision fp16
+    accelerate launch examples/dino.py --preset paper --data /data/imagenet
     python examples/dino.py --ser-lambda 0                                 # the control, b2 kept (Table 5)
     python examples/dino.py --partition-ratio 0                            # plain DINO
 
@@ -67,6 +67,7 @@ class DINOSettings(Settings):
 PAPER = DINOSettings(
     preset="paper",
     data="data/imagenet",
+    precision="fp16",
     output_dir=Path("out/dino"),
     drop_path=0.1,
     ser_temperature=0.5,

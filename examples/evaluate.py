@@ -205,7 +205,7 @@ class Probe(Settings):
         sets = []
         for part, n in (("train", self.train_images), ("val", self.test_images)):
             some = random_part(open_source(self.data, part, self.seed), n, self.seed)
-            sets.append(session.features(some, f"{folder_name(self.data)}-{part}-{len(some)}", recipe))
+            sets.append(session.features(some, f"{folder_name(self.data)}-{part}-{len(some)}-{self.seed}", recipe))
         results: dict[str, Any] = {"train_images": len(sets[0].indices), "test_images": len(sets[1].indices)}
         results["chance"] = {task: 1 / len(elements) for task, elements in transformations.TASKS.items()}
         if session.main:
@@ -351,10 +351,7 @@ def train_classifier(
             return None, {}
         features, labels, count = train[name], train.labels, len(train.labels)
         part, held_out = split(count, seed)
-        on_part, on_all = (
-            CachedBatches(x, y, batch_size, seed, device)
-            for x, y in ((features[part], labels[part]), (features, labels))
-        )
+        on_part, on_all = (CachedBatches(features, labels, batch_size, seed, device, places) for places in (part, None))
         judge_features, judge_labels = features[held_out], labels[held_out]
 
     def trained(which: str, rates: list[float], batches: Batches) -> list[nn.Module]:
@@ -371,8 +368,10 @@ def train_classifier(
     found = choose_rate(trained("choice", rates, on_part), rates, judge_features, judge_labels)
     [best] = broadcast_object_list([next(iter(found))]) if settings.augment else [next(iter(found))]
     session.note(f"learning rate {best:g}: {percent(found[best])} of {len(judge_labels)} held-out training images")
-    if best in (min(rates), max(rates)) and len(rates) > 1:
-        session.note(f"the {'lowest' if best == min(rates) else 'highest'} of {rates}: try others with --base-rates")
+    if best in (min(rates), max(rates)) and len(set(found.values())) > 1:
+        end = "lowest" if best == min(rates) else "highest"
+        tried = " ".join(f"{rate:g}" for rate in base_rates)
+        session.note(f"that is the {end} of --base-rates {tried}: beyond it there may be better ones")
     [head] = trained("all", [best], on_all)
     if settings.augment:
         session.leave_out("train", sorted({one for images in drawn for one in images.all_unreadable()}))

@@ -1,7 +1,7 @@
 """Pretrain a ViT with MoCo-v3 and soft equivariance (SER).
 
     python examples/moco_v3.py                                             # minutes on a CPU, embedded photographs
-    accelerate launch examples/moco_v3.py --preset paper --data /data/imagenet --precision fp16
+    accelerate launch examples/moco_v3.py --preset paper --data /data/imagenet
     python examples/moco_v3.py --ser-lambda 0                              # the control, b2 kept (Table 5)
     python examples/moco_v3.py --partition-ratio 0                         # plain MoCo-v3
 
@@ -55,6 +55,7 @@ class MoCoSettings(Settings):
 PAPER = MoCoSettings(
     preset="paper",
     data="data/imagenet",
+    precision="fp16",
     output_dir=Path("out/moco_v3"),
     heads=12,
     initialisation="moco",

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ser_reg import SERError, embedded_photographs, read_image
+from ser_reg import IMAGE_ENDINGS, SERError, embedded_photographs, read_image
 
-__all__ = ["PatchData", "embedded_photographs", "load_patches", "read_image", "split_in_space"]
+__all__ = ["PatchData", "load_patches", "split_in_space"]
 
 TRAIN_PART = 0.7
 # Sides of a crop over the shorter side of its photograph. Less than 0.3, so that one fits the held-out part.
@@ -61,7 +60,7 @@ def load_patches(folder: Path | None, image_size: int, per_photo: tuple[int, int
         return _patches_of_photographs(embedded_photographs(), image_size, per_photo, generator)
     classes = _image_paths(folder)
     if "" in classes:
-        photographs = {path.name: read_image(path) for path in classes[""]}
+        photographs = {path.name: F.pil_to_tensor(read_image(path)) for path in classes[""]}
         return _patches_of_photographs(photographs, image_size, per_photo, generator)
     return _whole_images(folder, classes, image_size, generator)
 
@@ -127,7 +126,7 @@ def _whole_images(
         order = torch.randperm(len(paths), generator=generator).tolist()
         border = min(len(paths) - 1, max(1, round(TRAIN_PART * len(paths))))
         for place, index in enumerate(order):
-            image = F.resize(read_image(paths[index]), [image_size], antialias=True)
+            image = F.resize(F.pil_to_tensor(read_image(paths[index])), [image_size], antialias=True)
             sets[place >= border].append(F.center_crop(image, [image_size, image_size]).float() / 255)
             labels[place >= border].append(label)
     (train, test), (train_labels, test_labels) = sets, labels
@@ -150,10 +149,9 @@ def _image_paths(folder: Path) -> dict[str, list[Path]]:
         given = "a file" if folder.exists() else "no such folder"
         raise SERError(call, given, "a folder of images", remedy)
 
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
     def images(paths: Iterable[Path]) -> list[Path]:
-        return sorted(p for p in paths if p.suffix.lower() in endings and p.is_file() and not p.name.startswith("."))
+        found = (path for path in paths if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."))
+        return sorted(path for path in found if path.is_file())
 
     flat = images(folder.iterdir())
     found = {sub.name: images(sub.rglob("*")) for sub in sorted(folder.iterdir()) if sub.is_dir()}

@@ -158,6 +158,8 @@ def test_a_diverged_rate_is_not_chosen():
     heads = fit(linear(), 12, 4, [1.0, 1e38], batches(x, y), 5, 0, CPU)
     assert not predict(heads[1], x).isfinite().all()
     assert choose_rate(heads, [1.0, 1e38], x, y) == {1.0: 1.0, 1e38: 0.0}
+    with pytest.raises(SERError, match="diverged"):
+        top(predict(heads[1], x), y, 1)
 
 
 def test_each_rate_is_trained_as_if_alone():
@@ -166,6 +168,16 @@ def test_each_rate_is_trained_as_if_alone():
     [alone] = fit(linear(), 12, 4, [1.0], batches(x, y), 3, 0, CPU)
     assert torch.equal(both[1].weight, alone.weight)
     assert not torch.equal(both[0].weight, alone.weight)
+
+
+def test_batches_are_of_the_places_asked_for():
+    (x, y), places = clouds(100), torch.arange(0, 100, 3)
+    some = CachedBatches(x, y, 10, 0, CPU, places)
+    assert (some.steps, len(list(some(0)))) == (3, 3)
+    seen = torch.cat([features for features, _ in some(0)])
+    assert (seen[:, None] == x[places]).all(-1).any(1).all()
+    copied = CachedBatches(x[places], y[places], 10, 0, CPU)
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(some(1), copied(1), strict=True))
 
 
 def test_held_out_images_are_no_training_images():
@@ -315,6 +327,25 @@ def test_cached_features_of_something_else_are_refused(exported, folder, tmp_pat
     with pytest.raises(SERError, match="a whole file") as error:
         extracted(exported, source, tmp_path)
     assert error.value.remedy == f"rm '{path}'"
+
+
+def test_features_that_are_no_numbers_are_refused(exported, folder, tmp_path):
+    made, source = encoder.load(str(exported)), open_source(str(folder), "val")
+    recipe = features.Recipe("nan", lambda encoder, images: {"pooled": torch.full((len(images), 2), math.nan)})
+    with pytest.raises(SERError, match="pooled that are infinite or not a number, of 24 images"):
+        features.extract(Accelerator(cpu=True), made, source, recipe, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_sizes_that_the_model_does_not_take_are_refused(exported):
+    assert encoder.load(str(exported), 40).size == 40
+    with pytest.raises(SERError, match="a multiple of 4") as error:
+        encoder.load(str(exported), 30)
+    assert error.value.remedy == "--size 28"
+    static = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY | {"dynamic_img_size": False})
+    assert encoder.wrap(static, "mine").size == 32
+    with pytest.raises(SERError, match="32 x 32 pixels, the only size"):
+        encoder.wrap(static, "mine", 40)
 
 
 def test_other_pixels_under_the_same_names_are_noticed(exported, folder, tmp_path):
@@ -602,6 +633,28 @@ def test_any_timm_model_is_judged_as_far_as_it_goes(folder, tmp_path):
 def test_images_without_labels_are_refused(exported, tmp_path):
     picture(tmp_path / "data" / "1.png", (1, 2, 3), np.random.default_rng(0))
     with pytest.raises(SERError, match="no labels in train"):
+        call("knn", exported, tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "flags", "text"),
+    [
+        ("knn", ("--k", 0), "--k 0"),
+        ("knn", ("--temperature", 0), "--temperature 0.0"),
+        ("linear", ("--epochs", 0), "--epochs 0"),
+        ("finetune", ("--weight-decay", -0.1), "--weight-decay -0.1"),
+    ],
+)
+def test_settings_that_would_give_a_wrong_number_are_refused(exported, folder, tmp_path, subcommand, flags, text):
+    with pytest.raises(SERError, match=f"given:    {text}\n"):
+        call(subcommand, exported, folder, tmp_path, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_class_is_refused(exported, folder, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(folder / part / "green", tmp_path / "data" / part / "green")
+    with pytest.raises(SERError, match="one class, 'green'"):
         call("knn", exported, tmp_path / "data", tmp_path / "out")
 
 

@@ -28,6 +28,7 @@ import barlow_twins
 import dino
 import moco_v3
 import timm
+from accelerate.state import AcceleratorState
 from PIL import Image
 from pretraining import checkpoints, loop, monitor
 from pretraining.dataset import ViewDataset, collate
@@ -1006,3 +1007,25 @@ def test_presets_go_together(method, preset):
     settings.check(f"{method}.py")
     assert json.loads(json.dumps(settings.plain())) == settings.plain()
     assert settings.same_run(settings.plain()) == []
+
+
+def test_backward_is_outside_autocast(tmp_path):
+    """Inside, matrix products of parts that compute in single precision would go backward in half precision."""
+    seen = []
+
+    def build(settings):
+        method = moco_v3.build(settings)
+        method.projector[0].weight.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+        return method
+
+    AcceleratorState._reset_state()
+    loop.train("moco_v3", parsed("moco_v3", ["--precision", "bf16", "--steps", 1, "--output-dir", tmp_path]), build)
+    AcceleratorState._reset_state()
+    assert seen == [False]
+
+
+def test_two_precisions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SERError, match="remedy:   --precision fp16"):
+        loop.train("dino", parsed("dino", ["--output-dir", tmp_path / "run"]), dino.build)
+    assert not (tmp_path / "run").exists()

@@ -422,7 +422,7 @@ def test_sampler_refuses(settings, text):
 
 @pytest.mark.parametrize(
     ("batch_size", "ratio", "world_size", "expected"),
-    [(2048, 0, 8, 0), (2048, 0.01, 8, 20), (2048, 0.02, 8, 41), (64, 0.05, 1, 3), (64, 0.05, 8, 8), (8, 1, 2, 8)],
+    [(2048, 0, 8, 0), (2048, 0.01, 8, 20), (2048, 0.02, 8, 41), (64, 0.05, 1, 3), (64, 0.05, 8, 3), (8, 1, 2, 8)],
 )
 def test_whole_images(batch_size, ratio, world_size, expected):
     assert whole_images(batch_size, ratio, world_size) == expected

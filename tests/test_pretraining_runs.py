@@ -80,6 +80,7 @@ DDP = {
         ["--local-views", 4],
         ["--ser-target", "momentum", "--all-layers"],
         ["--accumulate", 2],
+        ["--partition-ratio", 2 / 16, "--local-views", 4],  # on four processes, two have none of b2
     ],
     "dino": [
         ["--knn-every", 0.02],
@@ -90,7 +91,7 @@ DDP = {
     "barlow_twins": [[], ["--partition-ratio", 5 / 16, "--ser-lambda", 0], ["--local-views", 4, "--all-layers"]],
 }
 CASES = [(method, number) for method, cases in DDP.items() for number in range(len(cases))]
-FOUR = [("moco_v3", 1), ("dino", 1), ("barlow_twins", 2)]
+FOUR = [("moco_v3", 1), ("moco_v3", 5), ("dino", 1), ("barlow_twins", 2)]
 
 
 def job(method, flags, folder, **more):
@@ -193,11 +194,12 @@ def test_unreadable_images_of_all_processes_are_counted_once(on_two, unreadable)
 
 @pytest.mark.slow
 def test_four_processes_train_as_one(tmp_path):
-    launch([job(m, DDP[m][n], tmp_path / m, gradients=True) for m, n in FOUR], tmp_path, 4)
+    launch([job(m, DDP[m][n], tmp_path / f"{m}{n}", gradients=True) for m, n in FOUR], tmp_path, 4)
     for method, number in FOUR:
-        train_job(**job(method, DDP[method][number], tmp_path / "one" / method, gradients=True))
-        assert_same(tmp_path / method, tmp_path / "one" / method)
-        assert_same_gradients(tmp_path / method, tmp_path / "one" / method)
+        name = f"{method}{number}"
+        train_job(**job(method, DDP[method][number], tmp_path / "one" / name, gradients=True))
+        assert_same(tmp_path / name, tmp_path / "one" / name)
+        assert_same_gradients(tmp_path / name, tmp_path / "one" / name)
 
 
 # The scripts

@@ -24,13 +24,13 @@ pytest.importorskip("tyro")
 import quickstart  # noqa: E402
 import quickstart_table  # noqa: E402
 from moco_v3 import MoCoV3  # noqa: E402
-from photo_patches import embedded_photographs, load_patches, read_image, split_in_space  # noqa: E402
+from photo_patches import load_patches, split_in_space  # noqa: E402
 from pretraining.schedules import cosine  # noqa: E402
 from probes import knn_accuracy  # noqa: E402
 from results import LOGGED, atomically, last_tenth  # noqa: E402
 from settings import Settings  # noqa: E402
 
-from ser_reg import SERError  # noqa: E402
+from ser_reg import SERError, embedded_photographs, read_image  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Settings(steps=3, batch_size=8, image_size=16, patch_size=4, width=16, depth=4, heads=2, layer=2)

@@ -227,7 +227,8 @@ class TestImages:
     def test_bytes_and_fractions_alike(self):
         image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
         found, unreadable = collect([image, image.float() / 255], 2, 0)
-        assert torch.equal(*found.values())
+        assert found["image 0"].dtype == torch.uint8  # not four times as large in memory
+        assert torch.equal(*(whole(image, (8, 8)) for image in found.values()))
         assert not unreadable
 
     @pytest.mark.parametrize(

@@ -40,16 +40,34 @@ class Batches(Protocol):
 
 
 class CachedBatches:
-    """Batches of features that are at hand; a last batch that is not full waits for another epoch."""
+    """Batches of features that are at hand; a last batch that is not full waits for another epoch.
 
-    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, device: torch.device) -> None:
-        self.features, self.labels = features, labels
-        self.batch_size, self.seed, self.device = min(batch_size, len(labels)), seed, device
-        self.steps = len(labels) // self.batch_size
+    Args:
+        features: (N, D), which may take gigabytes: nothing of it is copied but batches.
+        labels: (N,).
+        batch_size: images.
+        seed: of their order.
+        device: where batches go.
+        places: numbers of the images to use; all by default.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        places: Tensor | None = None,
+    ) -> None:
+        self.features, self.labels, self.seed, self.device = features, labels, seed, device
+        self.places = torch.arange(len(labels)) if places is None else places
+        self.batch_size = min(batch_size, len(self.places))
+        self.steps = len(self.places) // self.batch_size
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.seed + 1000 * epoch))
-        for batch in order.split(self.batch_size)[: self.steps]:
+        order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(self.seed + 1000 * epoch))
+        for batch in self.places[order].split(self.batch_size)[: self.steps]:
             yield self.features[batch].to(self.device), self.labels[batch].to(self.device)
 
 
@@ -153,6 +171,13 @@ def predict(head: nn.Module, features: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, labels: Tensor, k: int) -> float:
-    """How often the label is among the k highest scores, as a part of 1."""
+    """How often the label is among the k highest scores, as a part of 1.
+
+    Raises:
+        SERError: scores that are not finite, of which some class or other would come out highest.
+    """
+    if not scores.isfinite().all():
+        given, remedy = "a classifier that diverged", "evaluate.py linear --base-rates 0.01 0.03  # lower ones"
+        raise SERError("evaluate.py", given, "finite scores", remedy)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).double().mean().item()

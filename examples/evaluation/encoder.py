@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def wrap(vit: nn.Module, name: str, size: int | None = None) -> Encoder:
             given, remedy = f"a model for images of {built[-2]} x {built[-1]} pixels", f"--size {min(built[-2:])}"
             raise SERError(f"evaluate.py --model {name}", given, "a size for square images", remedy)
         size = int(built[-1])
+    _check_size(vit, name, size)
     mean, std = (
         tuple(map(float, pixels.get(key) or default)) for key, default in zip(("mean", "std"), IMAGENET, strict=True)
     )
@@ -107,6 +109,22 @@ def pooled(vit: Any, images: Tensor) -> Tensor:
         remedy = "timm.create_model(..., num_classes=0)  # with its pooling"
         raise SERError("evaluate.py --model", given, "one vector an image (B, D)", remedy)
     return embedding
+
+
+def _check_size(vit: Any, name: str, size: int) -> None:
+    """Raise if a ViT does not take square images of this size."""
+    if _layer(vit) is None:
+        return
+    rows, columns = vit.patch_embed.feat_ratio(as_scalar=False)
+    call, given = f"evaluate.py --model {name}", f"--size {size}"
+    if not vit.dynamic_img_size:
+        if tuple(vit.patch_embed.img_size) != (size, size):
+            built = "{} x {}".format(*vit.patch_embed.img_size)
+            raise SERError(call, given, f"{built} pixels, the only size of this model", f"--size {built.split()[0]}")
+    elif not vit.patch_embed.dynamic_img_pad and (size % rows or size % columns or size < 1):
+        step = math.lcm(rows, columns)
+        expected = f"a multiple of {step}, which patches of {rows} x {columns} pixels fill"
+        raise SERError(call, given, expected, f"--size {max(1, size // step) * step}")
 
 
 def _layer(vit: nn.Module) -> int | None:

@@ -263,6 +263,13 @@ def _write(
             for name, values in recipe.compute(encoder, images.to(device, non_blocking=True)).items():
                 found.setdefault(name, []).append(values.float().cpu())
     tensors = {name: torch.cat(values) for name, values in found.items()}
+    for name, values in tensors.items():
+        if not values.isfinite().all():
+            given = f"{name} that are infinite or not a number, of {int((~values.isfinite()).any(1).sum())} images"
+            expected = f"finite ones of all images {numbers.start} to {numbers.stop - 1}"
+            lower = "evaluate.py finetune --base-rate 1e-4  # it diverged: a lower one"
+            remedy = lower if recipe.name == "logits" else f"evaluate.py knn --model '{encoder.name}' --device cpu"
+            raise SERError(f"features into {path}", given, expected, remedy)
     tensors["indices"] = torch.tensor(indices, dtype=torch.int64)
     with atomically(path) as part:
         save_file(tensors, part, metadata=key | {"unreadable": json.dumps(unreadable)})

@@ -92,7 +92,8 @@ def finetune(
             optimizer.step()
         progress.save({"epochs": epoch + 1, "vit": vit.state_dict(), "optimizer": optimizer.state_dict()})
         show(epoch)
-    return vit.eval()
+    # Judged as it is, in float32, whatever it was trained in.
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
 def _undecayed(vit: Any) -> set[str]:

@@ -8,11 +8,13 @@ import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from pretraining.dataset import cores
 from pretraining.sources import Source, open_source
 from results import atomically, environment
 from rich.console import Console
@@ -26,6 +28,8 @@ from .features import Features, Recipe, class_tokens, extract
 __all__ = ["Session", "Settings", "folder_name", "labels_as"]
 
 SECONDS = 30  # between two lines on how far a training is
+PATIENCE = timedelta(days=7)  # of processes that wait while the main one trains a classifier; NCCL's own is ten minutes
+MAY_BE_0 = {"label_smoothing", "seed", "warmup_epochs", "weight_decay", "workers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Settings:
     """Pixels a side; by default as the model was built for."""
     images_at_a_time: int = 256
     """Through the encoder, in each process, where no gradient is needed."""
-    workers: int = 4
+    workers: int = min(4, cores())
     """Processes that read images, for each of the processes that compute."""
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
@@ -64,10 +68,18 @@ class Session:
 
     def __init__(self, name: str, settings: Settings, precision: Literal["no", "bf16"] = "no") -> None:
         self.name, self.settings, self.start = name, settings, time.perf_counter()
+        for flag, value in asdict(settings).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and (value < 0 or (value == 0 and flag not in MAY_BE_0)):
+                given = f"--{flag.replace('_', '-')} {value}"
+                expected = "0 or more" if flag in MAY_BE_0 else "more than 0"
+                raise SERError(f"evaluate.py {name}", given, expected, f"evaluate.py {name} --help  # has defaults")
         self.said = self.start
         # Told so, accelerate starts gloo for several processes; left to itself without a GPU, each would be alone.
         on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+        self.accelerator = Accelerator(
+            cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
         self.encoder = load(settings.model, settings.size, settings.pretrained, settings.seed)
@@ -87,6 +99,10 @@ class Session:
         if not source.classes or any(source.label(i) < 0 for i in range(len(source))):
             call, expected = f"evaluate.py {self.name} --data {data}", "images with labels, to be judged by"
             raise SERError(call, f"no labels in {split}", expected, "--data FOLDER  # FOLDER/val/CLASS/*.jpg")
+        if len(source.classes) < 2:
+            call, given = f"evaluate.py {self.name} --data {data}", f"one class, {source.classes[0]!r}"
+            expected = "two at least: of one class any answer is right"
+            raise SERError(call, given, expected, "--data FOLDER  # FOLDER/train/CLASS/*.jpg, FOLDER/val/CLASS/*.jpg")
         return source
 
     def features(self, source: Source, where: str, recipe: Recipe) -> Features:

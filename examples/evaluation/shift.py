@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from pretraining.images import ENDINGS, read_rgb
 from results import atomically
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets.folder import make_dataset
 
-from ser_reg import SERError
+from ser_reg import IMAGE_ENDINGS, SERError, read_image
 
 from .classifiers import predict, top
 from .encoder import Encoder
@@ -58,8 +57,7 @@ class ClassFolders:
         return len(self._samples)
 
     def image(self, i: int) -> Image.Image:
-        path = self.name(i)
-        return read_rgb(path, path, f"mv '{path}' '{path}.unreadable'  # files of no image ending are passed over")
+        return read_image(self.name(i))
 
     def label(self, i: int) -> int:
         return self._samples[i][1]
@@ -124,7 +122,7 @@ def accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, 
 
 def _is_image(path: str) -> bool:
     name = Path(path).name
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def _some(names: list[str]) -> str:

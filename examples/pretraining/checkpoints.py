@@ -74,7 +74,7 @@ def saved(folder: Path, settings: Settings) -> dict[str, Any] | None:
     path = folder / NAME
     if not path.exists():
         return None
-    anew = f"--resume never --output-dir {folder}  # or another --output-dir"
+    anew = f"--output-dir {folder}_2  # --resume never would write over this run"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises errors of many kinds for a damaged file

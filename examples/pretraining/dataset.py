@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ser_reg import SERError
 from .policies import Policy
 from .sources import Source
 
-__all__ = ["Batch", "LabelledDataset", "Request", "Sample", "ViewDataset", "collate"]
+__all__ = ["Batch", "LabelledDataset", "Request", "Sample", "ViewDataset", "collate", "cores"]
 
 UNREADABLE_IN_A_ROW = 100
 
@@ -127,6 +128,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         indices=torch.tensor([sample.index for whole in (True, False) for sample in parts[whole]]),
         unreadable=[name for sample in samples for name in sample.unreadable],
     )
+
+
+def cores() -> int:
+    """Cores that this process may use, which are fewer than the machine's in many containers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LabelledDataset(Dataset[tuple[Tensor, int]]):

@@ -9,9 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import make_dataset
 
-from ser_reg import SERError
-
-from .images import ENDINGS, read_rgb
+from ser_reg import IMAGE_ENDINGS, SERError, read_image
 
 __all__ = ["ImageFolder"]
 
@@ -53,7 +51,7 @@ class ImageFolder:
             ending = Path(flat[0]).suffix
             raise self._error(given, f"mkdir '{train}/CLASS' && mv '{train}'/*{ending} '{train}/CLASS'")
         if not flat and not self.classes:
-            raise self._error(f"no image in {str(train)!r} (endings: {' '.join(ENDINGS)})", f"ls '{train}'")
+            raise self._error(f"no image in {str(train)!r} (endings: {' '.join(IMAGE_ENDINGS)})", f"ls '{train}'")
         part = folder / split if self.classes else train
         self._root = str(part)
         samples = self._labelled(part) if self.classes else self._unlabelled(flat, split, folder)
@@ -65,8 +63,7 @@ class ImageFolder:
         return len(self._paths)
 
     def image(self, i: int) -> Image.Image:
-        path = self.name(i)
-        return read_rgb(path, path, f"mv '{path}' '{path}.unreadable'  # files of no image ending are passed over")
+        return read_image(self.name(i))
 
     def label(self, i: int) -> int:
         return int(self._labels[i])
@@ -106,7 +103,7 @@ class ImageFolder:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def _content(folder: Path) -> tuple[list[str], list[str]]:

@@ -60,4 +60,7 @@ class Geometry:
     def _pair(self, x1: Tensor, x2: Tensor, generator: torch.Generator) -> ViewPair:
         elements = self.views.elements(self.whole, tuple(x1.shape[-2:]), generator)
         g1, g2 = (g[self.rank :: self.world_size] for g in elements)
+        if not len(x1):  # this process has none of b2, and yet the others' grids
+            sizes = (g.output_size(tuple(x1.shape[-2:])) for g in elements)
+            return ViewPair(*(x1.new_empty(0, 3, *size) for size in sizes), g1, g2)
         return ViewPair(act(g1, x1, antialias=True), act(g2, x2, antialias=True), g1, g2)

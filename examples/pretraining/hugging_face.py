@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ser_reg import SERError
+from ser_reg import SERError, read_image
 
-from .images import read_rgb
 from .patterns import files_of
 
 __all__ = ["HuggingFaceDataset"]
@@ -61,7 +60,7 @@ class HuggingFaceDataset:
         cell = self._data[i][self._column] or {"bytes": b"", "path": None}
         file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         remedy = f"datasets.load_dataset({self._path!r}).filter(lambda row, i: i != {i}, with_indices=True)"
-        return read_rgb(file, self.name(i), remedy)
+        return read_image(file, self.name(i), remedy)
 
     def label(self, i: int) -> int:
         return int(self._labels[i])

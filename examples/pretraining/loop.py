@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import signal
 import time
 import warnings
@@ -83,7 +84,8 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
     _make(settings.output_dir)
     state = checkpoints.saved(settings.output_dir, settings) if settings.resume == "auto" else None
     done = checkpoints.restore(state, module, optimizer.optimizer, accelerator.scaler) if state else 0
-    accelerator.wait_for_everyone()  # all have read what the main process may write over
+    del state  # a file that is mapped is not freed when it is replaced
+    _agree_on(done, settings, accelerator)  # and all have read what the main process may write over
     if main:
         checkpoints.discard(settings.output_dir, resume=settings.resume == "auto")
         with atomically(settings.output_dir / "settings.json") as path:
@@ -143,8 +145,9 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
                 batch, seconds = _timed(batches)
                 waited += seconds
                 unreadable.note(batch.unreadable)
-                with accelerator.accumulate(module), accelerator.autocast():
-                    scalars = _forward(module, geometry(batch, number), settings, step)
+                with accelerator.accumulate(module):
+                    with accelerator.autocast():  # the forward alone: parts in single precision stay so backward
+                        scalars = _forward(module, geometry(batch, number), settings, step)
                     accelerator.backward(scalars["loss"])
                     if accelerator.sync_gradients:
                         accelerator.unscale_gradients(optimizer)
@@ -162,13 +165,13 @@ def train(base: Base, settings: S, build: Callable[[S], Method]) -> None:
             alone_and_stopping = ranks == 1 and stop.wished  # several processes stop together, when they write the log
             if not ((step + 1) % settings.log_every == 0 or last or evaluates or alone_and_stopping):
                 continue
-            extra = {}
+            lines = log.collect()
             if evaluates:
-                extra["knn"] = knn(
+                lines[-1]["knn"] = knn(
                     method.exported, source, held_out, settings.image_size, accelerator, settings.workers
                 )
-                console.print(f"step {step + 1}: k-NN {100 * extra['knn']:.1f} % on held-out images")
-            lines = log.write(extra)
+                console.print(f"step {step + 1}: k-NN {100 * lines[-1]['knn']:.1f} % on held-out images")
+            log.write(lines)
             _raise_unless_finite(lines, settings)
             if warning := collapse.warning([line["embedding_std"] for line in lines]):
                 console.print(f"[bold]Warning[/] {warning}")
@@ -220,7 +223,20 @@ def shard(objective: Objective, device: torch.device) -> Objective:
     return fully_shard(objective, mesh=mesh)
 
 
+def _agree_on(done: int, settings: Settings, accelerator: Accelerator) -> None:
+    """Raise, on all processes, unless all go on from the same step: nodes may see different folders."""
+    steps = accelerator.gather(torch.tensor([done], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        given = f"checkpoints after {', '.join(map(str, sorted(set(steps))))} steps in {settings.output_dir}"
+        remedy = "--output-dir /a/folder/that/all/nodes/share"
+        raise SERError("train(settings)", given, "the same on every node", remedy)
+
+
 def _accelerator(settings: Settings) -> Accelerator:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", settings.precision):
+        given = f"--mixed_precision {launched} of accelerate, and --precision {settings.precision}"
+        raise SERError("train(settings)", given, "one precision", f"--precision {launched}")
     if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
         raise SERError(
             f"--tracker {settings.tracker}", "it is not installed", "a tracker", f"pip install {settings.tracker}"
@@ -319,7 +335,8 @@ def _raise_unless_finite(lines: list[dict[str, Any]], settings: Settings) -> Non
 
 
 def _not_finite(given: str, settings: Settings) -> SERError:
-    remedy = f"--learning-rate {settings.learning_rate / 2:g} --precision bf16 --resume never"
+    slower = f"--output-dir {settings.output_dir}_2 --learning-rate {settings.learning_rate / 2:g}"
+    remedy = f"{slower}  # or, to go on from the last checkpoint, --precision bf16"
     return SERError("train(settings)", given, "a finite loss; the last checkpoint is from before", remedy)
 
 

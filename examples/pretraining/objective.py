@@ -89,12 +89,17 @@ class Objective(nn.Module):
         if self.regularizer is None:
             return scalars
         if self.target == "momentum":
-            parts = self._towards(slow_tokens, tokens, views.whole[0])
+            parts = self._towards(slow_tokens, tokens, views.whole[0])  # local views have no momentum side
+            parts += self._between(tokens[1:], views.whole[1:])
         else:
-            parts = [self.regularizer(one, two, pair) for (one, two), pair in zip(tokens, views.whole, strict=True)]
+            parts = self._between(tokens, views.whole)
         ser = torch.stack([part.loss for part in parts]).mean()
         logs = {name: torch.stack([part.logs[name] for part in parts]).mean() for name in parts[0].logs}
         return scalars | {"loss": base + self.weight * ser, "ser": ser.detach()} | logs
+
+    def _between(self, tokens: list[tuple[dict[int, Tensor], ...]], pairs: list[ViewPair]) -> list[Regularization]:
+        """Both views of each pair in the trained encoder."""
+        return [self.regularizer(one, two, pair) for (one, two), pair in zip(tokens, pairs, strict=True)]
 
     def _towards(
         self, slow: list[tuple[dict[int, Tensor], ...]], fast: list[tuple[dict[int, Tensor], ...]], pair: ViewPair
@@ -122,8 +127,9 @@ def encode(
         for pair in pairs:
             maps = []
             for x in (pair.x1, pair.x2):
-                whole.append(encoder(x))
-                maps.append({layer: tap.tokens for layer, tap in taps.items()})
+                n = len(x)  # none on some of many processes: one image then stands in, of which nothing is kept
+                whole.append(encoder(x if n else x.new_zeros(1, *x.shape[1:]))[:n])
+                maps.append({layer: tap.tokens[:n] for layer, tap in taps.items()})
             tokens.append(tuple(maps))
     if not (whole and cropped):
         return whole or cropped, tokens

@@ -99,7 +99,7 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 def whole_images(batch_size: int, ratio: float, world_size: int) -> int:
     """How many images of a global batch go to b2, the part that is seen whole.
 
-    r times the batch, rounded, and at least one image a rank. `ser_reg.partition_size` is for loops in which each rank
+    r times the batch, rounded; on many ranks some have none. `ser_reg.partition_size` is for loops in which each rank
     deals with its own images: it gives every rank the same share, so that r comes in steps of world_size / batch_size.
     Here the global batch is divided first, and r is met up to half an image.
 

@@ -6,6 +6,7 @@ All work on PIL images with Pillow's arithmetic, as the official repositories do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -166,5 +167,11 @@ def training_crop(size: int) -> v2.Compose:
 def normalise(images: Tensor) -> Tensor:
     """(..., 3, H, W), uint8 or floating point from 0 to 1, to floating point of ImageNet's mean and deviation."""
     images = images if images.is_floating_point() else images.float() / 255
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.device, images.dtype)
     return (images - mean) / std
+
+
+@lru_cache(8)  # a copy to a GPU is a wait for it
+def _mean_and_std(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=dtype, device=device)[:, None, None] for values in (MEAN, STD))
+    return mean, std

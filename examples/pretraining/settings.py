@@ -18,10 +18,13 @@ import tyro
 
 from ser_reg import SERError
 
+from .dataset import cores
+
 __all__ = ["SMALL", "Settings", "parse"]
 
 # These may differ between a run and its continuation: they do not change what is learned.
 FREE = {"output_dir", "resume", "workers", "tracker", "log_every", "knn_every", "checkpoint_minutes"}
+FREE |= {"precision", "fsdp", "gradient_checkpointing"}  # nor these, up to rounding
 
 # Settings, of all methods, that are positive if they are set at all, and what to type instead.
 SIZES = {
@@ -46,7 +49,7 @@ class Settings:
 
     preset: str
     """Where all other settings start from: "paper", the ImageNet-1k run; "released", what the released code of SER
-    sets instead; "small", minutes on a CPU."""
+    sets instead; "official" (Barlow Twins), the recipe of its release; "small", minutes on a CPU."""
     data: str = "embedded"
     """A folder (DATA/train/CLASS/*.jpg, DATA/val/CLASS/*.jpg), "hf:NAME_OR_PATH" for Hugging Face datasets,
     "wds:PATTERN" for WebDataset shards, or "embedded": photographs that come with scikit-image and scikit-learn."""
@@ -153,7 +156,7 @@ class Settings:
     """Parts in which the batch is computed. Negatives and batch statistics are those of a part: not a bigger batch."""
     fsdp: bool = False
     """Shard parameters over the processes (FSDP2), for encoders that do not fit one GPU."""
-    workers: int = 8
+    workers: int = min(8, cores())
     """Processes that prepare images, for each process that trains."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Besides metrics.jsonl, which is always written."""
@@ -322,6 +325,7 @@ SMALL: dict[str, Any] = {
     "workers": 0,
     "log_every": 10,
     "knn_every": 1,
+    "precision": "no",
 }
 
 S = TypeVar("S", bound=Settings)

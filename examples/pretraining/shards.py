@@ -10,9 +10,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ser_reg import SERError
+from ser_reg import IMAGE_ENDINGS, SERError, read_image
 
-from .images import ENDINGS, read_rgb
 from .patterns import files_of
 
 __all__ = ["Shards"]
@@ -65,7 +64,7 @@ class Shards:
         with open(self._files[shard], "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
-        return read_rgb(io.BytesIO(data), self.name(i), f"tar --list --file '{self._files[shard]}'")
+        return read_image(io.BytesIO(data), self.name(i), f"tar --list --file '{self._files[shard]}'")
 
     def label(self, i: int) -> int:
         return int(self._labels[i])
@@ -78,7 +77,7 @@ class Shards:
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         for key, ending, offset, size, text in self._members(file):
-            if ending in ENDINGS:
+            if ending in IMAGE_ENDINGS:
                 if key in images:
                     raise self._error(file, f"two images of key {key!r}", "one image a key")
                 images[key] = offset, size
@@ -88,7 +87,7 @@ class Shards:
                     raise self._error(file, f"{text[:40]!r} in {key}.cls", f"a class number from 0 to {CLASSES - 1}")
                 labels[key] = number
         if not images:
-            raise self._error(file, f"no image in it (endings: {' '.join(ENDINGS)})", "shards of images")
+            raise self._error(file, f"no image in it (endings: {' '.join(IMAGE_ENDINGS)})", "shards of images")
         return images, labels
 
     def _members(self, file: str) -> Iterator[tuple[str, str, int, int, str | None]]:

@@ -20,10 +20,11 @@ from .settings import Settings
 __all__ = ["Log", "progress_bar"]
 
 METRICS = "metrics.jsonl"
+PARTIAL = {"ser_accuracy", "ser_feature_std"}  # of a process's own images
 
 
 class Log:
-    """Scalars of each step, kept on the device until `write`, so that no step waits for the GPU.
+    """Scalars of each step, kept on the device until `collect`, so that no step waits for the GPU.
 
     Args:
         settings: where to write, and with which tracker.
@@ -49,17 +50,17 @@ class Log:
         self.tensors.append({name: value.detach() for name, value in scalars.items()})
         self.waited += waited
 
-    def write(self, extra: dict[str, float] | None = None) -> list[dict[str, Any]]:
-        """Write what was noted since the last time, averaged over processes; returns it, on all of them.
+    def collect(self) -> list[dict[str, Any]]:
+        """The lines of the steps since the last time, averaged over processes; the same on all of them.
 
-        Args:
-            extra: goes to the last step's line.
+        What a process without images of b2 cannot know of them is not a number there, and left out of the mean.
         """
-        if not self.steps:
-            return []
         names = list(self.tensors[0])
         table = torch.stack([torch.stack([scalars[name].float() for name in names]) for scalars in self.tensors])
-        table = self.accelerator.reduce(table, "mean").cpu()  # waits for the GPU: time is right from here on
+        everyone = self.accelerator.gather(table[None]).cpu()  # waits for the GPU: time is right from here on
+        table = everyone.mean(0)
+        partial = torch.tensor([name in PARTIAL for name in names])
+        table[:, partial] = everyone[..., partial].nanmean(0)
         seconds = time.perf_counter() - self.since
         images = sum(step.pop("images") for step in self.steps)
         shared = {"images_per_second": images / seconds, "data_wait": min(1.0, self.waited / seconds)}
@@ -67,14 +68,16 @@ class Log:
             step | dict(zip(names, values, strict=True)) | shared
             for step, values in zip(self.steps, table.tolist(), strict=True)
         ]
-        lines[-1] |= extra or {}
+        self.restart()
+        return lines
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        """Write what was collected."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
                 self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-        self.restart()
-        return lines
 
     def restart(self) -> None:
         """Measure time from here on: after evaluations and checkpoints."""

@@ -7,12 +7,13 @@ from .errors import SERError
 from .groups import GroupElement
 from .losses import patch_ntxent
 from .metrics import equivariance_score
-from .photographs import embedded_photographs, read_image
+from .photographs import IMAGE_ENDINGS, embedded_photographs, read_image
 from .regularizer import SERLoss, SEROutput
 from .views import EquivariantViews, ViewPair, partition_size
 from .vit import TokenTap, cls_layer, late_cls, patch_tokens
 
 __all__ = [
+    "IMAGE_ENDINGS",
     "CheckReport",
     "EquivariantViews",
     "GroupElement",

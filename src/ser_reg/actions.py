@@ -65,7 +65,7 @@ def act(g: GroupElement, x: Tensor, mode: str = "bicubic", *, antialias: bool = 
         maps = torch.cat([act(g[half], x[half.to(x.device)], mode, antialias=antialias) for half in halves])
         return maps[torch.cat(halves).argsort().to(x.device)]
 
-    dihedral = (g.turns + 4 * g.flip).to(x.device)
+    dihedral = _there(g.turns + 4 * g.flip, x.device)
     grid = (width, height) if True in parities else (height, width)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     table, inverse, *axes = operators((height, width), grid, size, mode, antialias, dtype, x.device)
@@ -119,14 +119,28 @@ def operators(
 torch.compiler.assume_constant_result(operators)
 
 
-@lru_cache(16)  # 6 MiB each for images of 224 pixels a side
+def _there(numbers: Tensor, device: torch.device) -> Tensor:
+    """The numbers on the device of the maps, without waiting for what the GPU has still to do."""
+    if device.type == "cuda" and numbers.device.type == "cpu":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
+
+
 def permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each cell of the turned grid comes from, and back: two (8, H·W) tables; row turns + 4 · flip."""
+    return (_of_tokens if height * width <= 4096 else _of_images)(height, width, device)
+
+
+def _permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     cells = torch.arange(height * width).view(height, width)
     table = torch.stack(
         [torch.rot90(start, turns).flatten() for start in (cells, cells.flip(-1)) for turns in range(4)]
     )
     return table.to(device), table.argsort(-1).to(device)
+
+
+_of_tokens = lru_cache(256)(_permutations)  # T_eq draws some fifty grids of tokens at 224 pixels; 50 KiB each
+_of_images = lru_cache(16)(_permutations)  # 6 MiB each at 224 pixels
 
 
 @lru_cache(256)

@@ -1,15 +1,21 @@
-"""Photographs to look at: those that come inside two pip packages, or a folder of the user's own."""
+"""Photographs: those that come inside two pip packages, image files of any kind, and folders of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import SERError
 
-__all__ = ["embedded_photographs", "read_folder", "read_image"]
+__all__ = ["IMAGE_ENDINGS", "embedded_photographs", "read_folder", "read_image"]
+
+# What counts as an image in a folder or a shard; Pillow also claims endings such as .mpg and .h5, which it cannot read.
+IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 COLOUR = (
     "astronaut",
@@ -44,26 +50,48 @@ def embedded_photographs() -> dict[str, Tensor]:
     return {name: t.permute(2, 0, 1) if t.ndim == 3 else t.expand(3, -1, -1) for name, t in tensors.items()}
 
 
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8, upright as the camera held it.
+def read_image(file: str | Path | BinaryIO, name: str | None = None, remedy: str | None = None) -> Image.Image:
+    """The image upright as the camera held it, as 8-bit RGB.
+
+    Of an animation the first frame. Transparency is dropped, as torchvision's loader does. 16 bits become the higher 8
+    (Pillow alone would clip them at 255: white).
+
+    Args:
+        file: path, or an open file at its start.
+        name: what to call it in an error; its path by default.
+        remedy: a line to type if it cannot be read; by default one that sets the file aside.
 
     Raises:
-        SERError: Pillow cannot read the file.
-    """
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
+        SERError: it cannot be read whole. A truncated file is unreadable, not half grey.
 
+    Example:
+        >>> import io
+        >>> file = io.BytesIO()
+        >>> Image.new("L", (4, 3), 255).save(file, "PNG")
+        >>> read_image(io.BytesIO(file.getvalue())).getpixel((0, 0))
+        (255, 255, 255)
+    """
     try:
-        with Image.open(path) as image:
-            pixels: Tensor = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-            return pixels
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken PNGs
-        raise SERError(
-            f"read_image({str(path)!r})",
-            str(error),
-            "an image that Pillow can read",
-            f"mv '{path}' '{path}.unreadable'  # files of no image ending are passed over",
-        ) from error
+        with Image.open(file) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        name = str(file) if name is None else name
+        given = f"{type(error).__name__}: {error}"
+        remedy = remedy or f"mv '{name}' '{name}.unreadable'  # files of no image ending are passed over"
+        raise SERError(f"read_image({name!r})", given, "an image that Pillow can read whole", remedy) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"values from {values.min()} to {values.max()}: which of them is white is not known")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating point values: which of them is white is not known")
+    return image.convert("RGB")
 
 
 def read_folder(folder: str | Path, limit: int, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,15 +110,12 @@ def read_folder(folder: str | Path, limit: int, seed: int = 0) -> tuple[dict[str
     Raises:
         SERError: no such folder, or fewer than two images in it that can be read.
     """
-    from PIL import Image
-
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     call = f"read_folder({str(folder)!r})"
     remedy = "python -m ser_reg report vit_small_patch16_224 --images FOLDER  # FOLDER/*.jpg, or in folders inside"
     if not folder.is_dir():
         raise SERError(call, "a file" if folder.exists() else "no such folder", "a folder of images", remedy)
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings]
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     paths = [path for path in paths if (folder / path).is_file()]
     images: dict[str, Tensor] = {}
@@ -99,7 +124,8 @@ def read_folder(folder: str | Path, limit: int, seed: int = 0) -> tuple[dict[str
         if len(images) == limit:
             break
         try:
-            images[str(paths[index])] = read_image(folder / paths[index])
+            pixels = np.array(read_image(folder / paths[index]))
+            images[str(paths[index])] = torch.from_numpy(pixels).permute(2, 0, 1)
         except SERError as error:
             unreadable[str(paths[index])] = error.given
     if len(images) < 2:

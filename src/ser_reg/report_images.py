@@ -20,7 +20,9 @@ SIDES = (0.5, 1.0)  # of a part, over the largest one of its shape that the imag
 def collect(
     images: Mapping[str, Tensor] | Iterable[Tensor] | str | Path | None, limit: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Images by name, each (3, H, W) with values in [0, 1], and those that could not be read with the reason.
+    """Images by name, each (3, H, W), and those that could not be read with the reason.
+
+    They stay uint8 where they are: large photographs take a quarter of the memory. Use `whole` and `parts` on them.
 
     Args:
         images: by name or not, each (3, H, W), uint8 or floating point in [0, 1]; a folder; or None for the embedded
@@ -48,16 +50,16 @@ def collect(
     names = list(images)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [names[index] for index in sorted(order[:limit])]
-    return {name: _unit(name, images[name]) for name in chosen}, unreadable
+    return {name: _checked(name, images[name]) for name in chosen}, unreadable
 
 
-def _unit(name: str, image: Tensor) -> Tensor:
+def _checked(name: str, image: Tensor) -> Tensor:
     call = "report(models, images)"
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         given = f"{name} of shape {tuple(image.shape)}"
         raise SERError(call, given, "(3, height, width)", "image.expand(3, -1, -1)" if image.ndim == 3 else "image[0]")
     if image.dtype == torch.uint8:
-        return image.float() / 255
+        return image.cpu()
     if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
         given = f"{name} of {image.dtype} from {image.min().item():g} to {image.max().item():g}"
         expected = "uint8, or floating point in [0, 1]: each model has a normalisation of its own, applied here"
@@ -66,7 +68,7 @@ def _unit(name: str, image: Tensor) -> Tensor:
 
 
 def whole(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(3, height, width): the largest centred part of this shape, resized."""
+    """(3, height, width), values in [0, 1]: the largest centred part of this shape, resized."""
     return _cut(image, size, 1.0, 0.5, 0.5)
 
 
@@ -85,4 +87,5 @@ def _cut(image: Tensor, size: tuple[int, int], part: float, top: float, left: fl
     rows, columns = (max(1, round(unit * side)) for side in size)
     y, x = round(top * (height - rows)), round(left * (width - columns))
     cut = image[None, :, y : y + rows, x : x + columns]
+    cut = cut.float() / 255 if cut.dtype == torch.uint8 else cut
     return F.interpolate(cut, size, mode="bicubic", antialias=True)[0].clamp(0, 1)

@@ -38,7 +38,7 @@ def look(
     Args:
         vit: in evaluation mode, on its device; to be thrown away afterwards.
         name: in the titles of the token maps.
-        photographs: (3, H, W) each, values in [0, 1].
+        photographs: (3, H, W) each, as `collect` gives them.
         stem: the beginning of the path of the token maps.
         tell: called with how many images will enter the model (total=...), and how many entered (advance=...).
         layers: numbers of blocks already run, all if None.
@@ -58,7 +58,8 @@ def look(
     def normalised(images: list[Tensor]) -> Tensor:
         return ((torch.stack(images) - mean) / std).to(parameter)
 
-    scored = normalised([whole(image, size) for image in photographs])
+    wholes = [whole(image, size) for image in photographs]
+    scored = normalised(wholes)
     draw = torch.Generator().manual_seed(seed)
     each = max(1, round(VIEWS / len(photographs)))
     views = [view for image in photographs for view in parts(image, size, each, draw)]
@@ -87,8 +88,7 @@ def look(
     image_of_view = [image for image in range(len(photographs)) for _ in range(each)]
     for transformation, features in mean_tokens(vit, normalised(views), chosen).items():
         record["probes"][transformation] = {layer: probe(features[layer], image_of_view)._asdict() for layer in chosen}
-    shown = sorted(range(len(photographs)), key=lambda i: -photographs[i].std().item())[:SHOWN]
-    pictures = [whole(photographs[i], size) for i in shown]
+    pictures = sorted(wholes, key=lambda image: -image.std().item())[:SHOWN]
     record["pictures"] = []
     for layer in sorted({early_layer(blocks), blocks}):
         path = stem.with_name(f"{stem.name}_layer_{layer}.png")
