@@ -158,6 +158,18 @@ def test_what_is_not_there_says_so(tmp_path):
             load_encoder(model)
 
 
+def test_function_that_loads_an_export_with_plain_timm_is_refused(folder, tmp_path, monkeypatch):
+    load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    (tmp_path / "careless.py").write_text(
+        f"import timm, ser_reg\n\n\ndef plain():\n    return {load}\n\n\n"
+        f"def right():\n    return ser_reg.late_cls({load}, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SERError, match=r"remedy:   late_cls\(vit, 2\)"):
+        load_encoder("careless:plain")
+    assert cls_layer(load_encoder("careless:right")) == 2
+
+
 def test_function_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         f"import timm, ser_reg\n\n\ndef build():\n"

@@ -161,7 +161,19 @@ def _call(model: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         given = f"{function}() returns a {type(made).__name__}"
         raise SERError(f"load_encoder({model!r})", given, "a function that returns a model", f"{model}  # return vit")
+    _check_cls_layer(f"load_encoder({model!r})", made)
     return made
+
+
+def _check_cls_layer(call: str, vit: nn.Module) -> None:
+    """Raise for an export that was loaded with plain timm: its weights fit, [CLS] joins elsewhere, features differ."""
+    known: Any = getattr(vit, "pretrained_cfg", None) or {}
+    folder = Path(known.get("file") or "") if known.get("source") == "local-dir" else None
+    if folder is not None and (folder / CONFIG).is_file():
+        trained = json.loads((folder / CONFIG).read_text()).get("late_cls")
+        if trained is not None and int(trained) != cls_layer(vit):
+            given = f"[CLS] joins after {cls_layer(vit)} blocks"
+            raise SERError(call, given, f"after {trained}, as {folder} was trained", f"late_cls(vit, {trained})")
 
 
 @contextmanager
