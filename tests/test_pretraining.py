@@ -693,6 +693,7 @@ def test_resume_with_other_settings_is_refused(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(SERError, match="the same settings") as error:
         train_job("dino", [*flags, "--ser-lambda", 0.25, "--center-momentum", 0.8])
+    assert error.value.remedy.startswith(f"--output-dir {tmp_path / 'run'}_2")
     assert error.value.given == "center_momentum=0.9 there and 0.8 here, ser_lambda=0.5 there and 0.25 here"
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     train_job("dino", [*flags, "--log-every", 2, "--checkpoint-minutes", 1])  # these may differ
@@ -817,7 +818,7 @@ def test_non_finite_loss_ends_the_training_with_what_to_type(tmp_path):
         with pytest.raises(SERError, match="a finite loss") as error:
             train_job("moco_v3", ["--steps", 8, "--learning-rate", 1e6, *more, "--output-dir", tmp_path / "run"])
         assert "at step" in error.value.given
-        assert error.value.remedy.startswith("--learning-rate 500000 ")
+        assert error.value.remedy.startswith(f"--output-dir {tmp_path / 'run'}_2 --learning-rate 500000 ")
         assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -74,16 +74,17 @@ def saved(folder: Path, settings: Settings) -> dict[str, Any] | None:
     path = folder / NAME
     if not path.exists():
         return None
-    anew = f"--output-dir {folder}_2  # --resume never would write over this run"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises errors of many kinds for a damaged file
+        anew = f"--resume never --output-dir {folder}"
         raise SERError(f"torch.load({str(path)!r})", str(error).split("\n")[0], "a whole checkpoint", anew) from error
     if different := settings.same_run(state["settings"]):
         values = ", ".join(
             f"{name}={state['settings'].get(name)} there and {settings.plain().get(name)} here" for name in different
         )
-        raise SERError(f"resume from {str(path)!r}", values, "the same settings as in its run", anew)
+        elsewhere = f"--output-dir {folder}_2  # --resume never would write over this run"
+        raise SERError(f"resume from {str(path)!r}", values, "the same settings as in its run", elsewhere)
     return state
 
 
