@@ -64,7 +64,14 @@ def load(model: str, size: int | None = None, pretrained: bool = True, seed: int
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return wrap(load_encoder(model, pretrained), model, size)
+        try:
+            vit = load_encoder(model, pretrained)
+        except SERError as error:
+            if "pretrained=False" not in error.remedy:
+                raise
+            remedy = "--no-pretrained  # random weights"
+            raise SERError(f"evaluate.py --model {model}", error.given, error.expected, remedy) from error
+        return wrap(vit, model, size)
 
 
 def wrap(vit: nn.Module, name: str, size: int | None = None) -> Encoder:

@@ -130,7 +130,7 @@ def whole_images(batch_size: int, ratio: float, world_size: int) -> int:
         expected = "two at least: with one there are no negatives, and the equivariance loss is identically zero"
         remedy = "--batch-size 2 --partition-ratio 1" if batch_size < 2 else f"--partition-ratio {2 / batch_size:.4g}"
         raise SERError(call, given, expected, remedy)
-    return max(images, world_size)
+    return images
 
 
 def _check_batch(call: str, batch_size: int, world_size: int) -> None:
