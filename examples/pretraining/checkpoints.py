@@ -93,16 +93,21 @@ def restore(
 ) -> int:
     """Put a checkpoint back; returns the number of steps that are done."""
     set_model_state_dict(module, state["model"], options=_whole())
-    # Not strict: what has not learned yet (DINO's last layer, in the first epoch) has no state to put back, and should
-    # not keep the one that torch makes while it loads.
-    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_whole(strict=False))
-    for name, parameter in module.named_parameters():
-        if name.removeprefix("module.") not in state["optimizer"]["state"]:
-            optimizer.state.pop(parameter, None)
+    # What has not learned yet (DINO's last layer, in the first epoch) has no state to put back. Torch wants one, and
+    # does not get it for keeps.
+    known = state["optimizer"]["state"]
+    like = next(iter(known.values()), {})
+    trained = {name.removeprefix("module."): p for name, p in module.named_parameters() if p.requires_grad}
+    missing = {name: p for name, p in trained.items() if name not in known}
+    for name, parameter in missing.items():
+        known[name] = {key: torch.zeros(parameter.shape if value.ndim else ()) for key, value in like.items()}
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_whole())
+    for parameter in missing.values():
+        optimizer.state.pop(parameter, None)
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
-def _whole(strict: bool = True) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)
+def _whole() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -295,11 +295,13 @@ class Settings:
 @lru_cache
 def _depth(architecture: str) -> int:
     """Blocks of a timm architecture; 12 for one that there is not, which is found out when it is built."""
-    try:
-        with torch.device("meta"):
-            return len(timm.create_model(architecture).blocks)
-    except Exception:  # errors of all kinds, and models without blocks
-        return 12
+    for device in ("meta", "cpu"):  # older timm cannot build on the first, which costs nothing
+        try:
+            with torch.device(device):
+                return len(timm.create_model(architecture).blocks)
+        except Exception:  # errors of all kinds, and models without blocks
+            continue
+    return 12
 
 
 # What the presets "small" share: a CPU in minutes.

@@ -32,7 +32,9 @@ def export_timm(
 ) -> None:
     """Write an encoder as a folder that plain timm loads in one line, and load it back to see that it is the same.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same weights. Plain timm lets [CLS] in at the
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same weights (timm 1.0.20 cannot read
+    safetensors so; ``timm.create_model(name, checkpoint_path="FOLDER/model.safetensors", **model_args)`` always
+    does). Plain timm lets [CLS] in at the
     first block; the layer with which the encoder was trained stands as ``late_cls`` in the metadata of
     model.safetensors and in config.json. `load_encoder` heeds it; with timm, call ``late_cls(vit, layer)``.
 
