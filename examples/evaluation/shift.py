@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from pretraining.folders import is_image
 from results import atomically
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets.folder import make_dataset
 
-from ser_reg import IMAGE_ENDINGS, SERError, read_image
+from ser_reg import SERError, read_image
 
 from .classifiers import predict, top
 from .encoder import Encoder
@@ -48,7 +49,7 @@ class ClassFolders:
             raise SERError(call, given, expected, f"ls '{folder}'")
         self.classes = classes
         try:
-            found = make_dataset(folder, {name: labels[name] for name in names}, is_valid_file=_is_image)
+            found = make_dataset(folder, {name: labels[name] for name in names}, is_valid_file=is_image)
         except FileNotFoundError as error:  # classes without an image
             raise SERError(call, str(error).split(". ")[0], "images", f"find '{folder}' -type d -empty") from error
         self._samples = found
@@ -118,11 +119,6 @@ def accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, 
         "top1_among_all": top(scores, labels, 1),
         "top5_among_all": top(scores, labels, 5),
     }
-
-
-def _is_image(path: str) -> bool:
-    name = Path(path).name
-    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def _some(names: list[str]) -> str:

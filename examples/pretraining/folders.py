@@ -11,7 +11,7 @@ from torchvision.datasets.folder import make_dataset
 
 from ser_reg import IMAGE_ENDINGS, SERError, read_image
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "is_image"]
 
 LAYOUT = "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg (without labels: FOLDER/*.jpg, to train on alone)"
 
@@ -88,7 +88,7 @@ class ImageFolder:
             raise self._error(given, f"ls '{part.parent / 'train'}' '{part}'")
         labels = {name: label for label, name in enumerate(self.classes) if name in classes}
         try:
-            found = make_dataset(part, labels, is_valid_file=lambda path: _is_image(os.path.basename(path)))
+            found = make_dataset(part, labels, is_valid_file=is_image)
         except FileNotFoundError as error:  # classes without an image
             raise self._error(str(error).split(". ")[0], f"find '{part}' -type d -empty") from error
         return [(path.removeprefix(f"{part}{os.sep}"), label) for path, label in found]
@@ -102,7 +102,9 @@ class ImageFolder:
         return SERError(self._call, given, LAYOUT, remedy)
 
 
-def _is_image(name: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a file counts as an image, by its ending; hidden ones do not."""
+    name = os.path.basename(path)
     return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
@@ -112,5 +114,5 @@ def _content(folder: Path) -> tuple[list[str], list[str]]:
         entries = [(entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith(".")]
     return (
         sorted(name for name, is_folder in entries if is_folder),
-        sorted(name for name, is_folder in entries if not is_folder and _is_image(name)),
+        sorted(name for name, is_folder in entries if not is_folder and is_image(name)),
     )

@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import SERError
-from .vit import cls_layer, create, depth, late_cls
+from .vit import IMAGENET, cls_layer, create, depth, late_cls
 
 __all__ = ["export_timm", "load_encoder"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def export_timm(

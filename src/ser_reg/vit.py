@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import SERError
 
 __all__ = [
+    "IMAGENET",
     "TokenTap",
     "accepts_any_size",
     "cls_layer",
@@ -37,7 +38,7 @@ ViT = TypeVar("ViT", bound=nn.Module)
 # told about the prefix by `num_prefix_tokens` alone. A subclass counts as long as it leaves these methods as they are.
 _FAMILIES = (VisionTransformer, VisionTransformerDistilled, Eva)
 _SEQUENCE = ("_pos_embed", "forward_features", "forward_intermediates")
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # pixels
 
 
 def late_cls(vit: ViT, layer: int) -> ViT:
@@ -350,7 +351,7 @@ def native_pixels(vit: nn.Module) -> tuple[tuple[int, int], list[float], list[fl
     rows, columns = model.patch_embed.feat_ratio(as_scalar=False)
     size = model.patch_embed.img_size or (224 // rows * rows, 224 // columns * columns)
     pixels = getattr(model, "pretrained_cfg", None) or {}  # a class that was called by itself has none
-    mean, std = (pixels.get(key, default) for key, default in (("mean", _MEAN), ("std", _STD)))
+    mean, std = (pixels.get(key, default) for key, default in IMAGENET.items())
     return (int(size[0]), int(size[1])), list(mean), list(std)
 
 
