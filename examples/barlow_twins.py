@@ -1,9 +1,9 @@
-"""Pretrain a ViT with Barlow Twins and soft equivariance (SER).
+"""Pretrain a ViT with Barlow Twins and an added term, by default soft equivariance (SER).
 
     python examples/barlow_twins.py                                        # minutes on a CPU, embedded photographs
     accelerate launch examples/barlow_twins.py --preset paper --data /data/imagenet
-    python examples/barlow_twins.py --ser-lambda 0                         # the control, b2 kept (Table 5)
-    python examples/barlow_twins.py --partition-ratio 0                    # plain Barlow Twins
+    python examples/barlow_twins.py ser --term.weight 0                    # the control, b2 kept (Table 5)
+    python examples/barlow_twins.py none                                   # plain Barlow Twins
 
 Source of the base method: Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021
 (arXiv 2103.03230), and the recipe of its official release, written anew. That is a recipe for ResNet-50: the paper on
@@ -12,43 +12,54 @@ SER trains ViT-S/16 with AdamW, and the numbers for it are those of its released
 
 from __future__ import annotations
 
-import os
-
-# Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+import pretraining  # noqa: F401  (ahead of torch: how its threads wait)
 import torch
-from pretraining.distributed import place, total
+import tyro
+from data.batch import Group
+from data.recipe import BICUBIC, Recipe
+from data.recipe import recipes as standard_recipes
+from pretraining.base import BaseMethod, BaseOutput, Encode
+from pretraining.distributed import all_reduce
 from pretraining.encoder import build_encoder
-from pretraining.loop import train
-from pretraining.schedules import Moment
-from pretraining.settings import SMALL, Settings, parse
+from pretraining.loop import main
+from pretraining.positive import require_positive
+from pretraining.settings import SMALL, Settings
 from torch import Tensor, nn
 
-from ser_reg import SERError
+from ser_reg.backbones import backbone
+from ser_reg.distributed import rank_and_world_size
 
-__all__ = ["PRESETS", "BarlowSettings", "BarlowTwins", "build", "redundancy_loss"]
+__all__ = ["PRESETS", "BarlowSettings", "BarlowTwins", "MethodSettings", "build", "recipes", "redundancy_loss"]
 
 
 @dataclass(frozen=True)
-class BarlowSettings(Settings):
-    """Pretrain a ViT with Barlow Twins, with soft equivariance (SER) or without."""
+class MethodSettings:
+    """Barlow Twins."""
 
     hidden: int = 8192
     """Width of all three layers of the projector."""
     off_diagonal: float = 0.0051
     """Weight of correlations between different components."""
 
+    def check(self, script: str) -> None:
+        """Raise a SERError for a width that is none."""
+        require_positive(script, self, hidden=8192)
+
+
+@dataclass(frozen=True)
+class BarlowSettings(Settings):
+    """Pretrain a ViT with Barlow Twins, with an added term or without."""
+
+    method: tyro.conf.OmitArgPrefixes[MethodSettings] = field(default_factory=MethodSettings)
+
 
 # Section 4.1: ViT-S/16, 100 epochs of batch 2048, 10 of them warm-up, AdamW.
-PAPER = BarlowSettings(
-    preset="paper",
+PAPER = BarlowSettings("paper").but(
     data="data/imagenet",
     precision="fp16",
     output_dir=Path("out/barlow_twins"),
@@ -58,23 +69,22 @@ PAPER = BarlowSettings(
 )
 PRESETS = {
     "paper": PAPER,
-    "released": replace(PAPER, preset="released", ser_lambda=1.0, ser_temperature=0.4),
+    "released": PAPER.but(preset="released", term={"weight": 1.0, "temperature": 0.4}),
     # The official recipe of the base, which is one for ResNet-50.
-    "official": replace(
-        PAPER, preset="official", optimizer="lars", learning_rate=0.2, final_learning_rate=1.6e-3, weight_decay=1e-6,
-        clip=None, epochs=1000,
+    "official": PAPER.but(
+        preset="official",
+        optimizer="lars",
+        learning_rate=0.2,
+        final_learning_rate=1.6e-3,
+        weight_decay=1e-6,
+        clip=None,
+        epochs=1000,
     ),
-    "small": replace(
-        PAPER,
-        **SMALL,
-        output_dir=Path("out/barlow_twins_small"),
-        hidden=512,
-        final_learning_rate=1e-6,
-    ),
-}  # fmt: skip
+    "small": PAPER.but(**SMALL, output_dir=Path("out/barlow_twins_small"), hidden=512, final_learning_rate=1e-6),
+}
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(BaseMethod):
     """One branch; the cross-correlation of two views' projections should be the identity.
 
     Args:
@@ -84,11 +94,8 @@ class BarlowTwins(nn.Module):
         off_diagonal: weight of redundancy.
     """
 
-    target = None
-
     def __init__(self, encoder: nn.Module, dim: int, hidden: int = 8192, off_diagonal: float = 0.0051) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden, bias=False),
             nn.BatchNorm1d(hidden),
@@ -101,29 +108,19 @@ class BarlowTwins(nn.Module):
         self.norm = nn.BatchNorm1d(hidden, affine=False)
         self.off_diagonal = off_diagonal
 
-    @property
-    def exported(self) -> nn.Module:
-        return self.encoder
+    def forward(self, groups: Sequence[Group], encode: Encode) -> BaseOutput:
+        trained = encode(self.encoder, groups)
+        return BaseOutput(self.loss(trained.embeddings), trained)
 
-    def forward(self, embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         """The mean over pairs of views of which one is global.
 
         Args:
             embeddings: (B, D) of every view, global ones first.
-            targets: none; there is no momentum branch.
         """
         projections = [self.norm(self.projector(e)) for e in embeddings]
         pairs = [(z1, z2) for (i, z1), (_, z2) in combinations(enumerate(projections), 2) if i < 2]
         return torch.stack([redundancy_loss(z1, z2, self.off_diagonal) for z1, z2 in pairs]).mean()
-
-    def before_step(self, moment: Moment) -> None:
-        """Nothing moves."""
-
-    def before_update(self, moment: Moment) -> None:
-        """Gradients stay as they are."""
-
-    def after_update(self, moment: Moment) -> None:
-        """Nothing follows."""
 
 
 def redundancy_loss(z1: Tensor, z2: Tensor, off_diagonal: float) -> Tensor:
@@ -137,24 +134,25 @@ def redundancy_loss(z1: Tensor, z2: Tensor, off_diagonal: float) -> Tensor:
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = z1.float(), z2.float()
-        correlation = total(z1.T @ z2) / (len(z1) * place()[1])
+        correlation = all_reduce(z1.T @ z2) / (len(z1) * rank_and_world_size()[1])
         diagonal = correlation.diagonal()
         redundancy = correlation.square().sum() - diagonal.square().sum()
         return (diagonal - 1).square().sum() + off_diagonal * redundancy
 
 
+def recipes(settings: BarlowSettings) -> tuple[list[Recipe], list[Recipe]]:
+    """Views of the official release; local ones, which it does not have, are SER's 2+4 views."""
+    data = settings.data
+    area = data.area or (0.08, 1)
+    size = settings.encoder.image_size
+    return standard_recipes(size, area, BICUBIC, data.local_size, data.local_views, (0.05, 0.25), data.blur)
+
+
 def build(settings: BarlowSettings) -> BarlowTwins:
     """The base method around a new encoder."""
-    if settings.ser_target == "momentum":
-        expected = "tokens of the trained encoder: Barlow Twins has no momentum encoder"
-        remedy = "python examples/barlow_twins.py --ser-target online"
-        raise SERError("barlow_twins.py", "ser_target='momentum'", expected, remedy)
-    encoder = build_encoder(settings)
-    return BarlowTwins(encoder, encoder.num_features, settings.hidden, settings.off_diagonal)
+    encoder, own = build_encoder(settings.encoder, settings.late_layer), settings.method
+    return BarlowTwins(encoder, backbone(encoder).width(), own.hidden, own.off_diagonal)
 
 
 if __name__ == "__main__":
-    try:
-        train("barlow_twins", parse(PRESETS, "barlow_twins.py"), build)
-    except SERError as error:
-        sys.exit(str(error))
+    main("barlow_twins", PRESETS, build, recipes)

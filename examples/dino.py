@@ -1,9 +1,9 @@
-"""Pretrain a ViT with DINO and soft equivariance (SER).
+"""Pretrain a ViT with DINO and an added term, by default soft equivariance (SER).
 
     python examples/dino.py                                                # minutes on a CPU, embedded photographs
     accelerate launch examples/dino.py --preset paper --data /data/imagenet
-    python examples/dino.py --ser-lambda 0                                 # the control, b2 kept (Table 5)
-    python examples/dino.py --partition-ratio 0                            # plain DINO
+    python examples/dino.py ser --term.weight 0                            # the control, b2 kept (Table 5)
+    python examples/dino.py none                                           # plain DINO
 
 Source of the base method: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021
 (arXiv 2104.14294), and the recipe of its official release, written anew. Where the paper on SER, the official release
@@ -12,34 +12,36 @@ and the released code of SER disagree, the setting says so, and the preset "rele
 
 from __future__ import annotations
 
-import os
-
-# Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pretraining  # noqa: F401  (ahead of torch: how its threads wait)
 import torch
-from pretraining.distributed import place, total
+import tyro
+from data.batch import Group
+from data.recipe import BICUBIC, Recipe
+from data.recipe import recipes as standard_recipes
+from pretraining.base import BaseMethod, BaseOutput, Encode, global_views
+from pretraining.distributed import all_reduce
 from pretraining.encoder import build_encoder, momentum_copy
-from pretraining.loop import train
+from pretraining.loop import main
+from pretraining.positive import require_positive
 from pretraining.schedules import Moment, cosine, ramp
-from pretraining.settings import SMALL, Settings, parse
+from pretraining.settings import SMALL, Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from ser_reg import SERError
+from ser_reg.backbones import backbone
+from ser_reg.distributed import rank_and_world_size
 
-__all__ = ["DINO", "PRESETS", "DINOHead", "DINOSettings", "build", "distillation_loss"]
+__all__ = ["DINO", "PRESETS", "DINOHead", "DINOSettings", "MethodSettings", "build", "distillation_loss", "recipes"]
 
 
 @dataclass(frozen=True)
-class DINOSettings(Settings):
-    """Pretrain a ViT with DINO, with soft equivariance (SER) or without."""
+class MethodSettings:
+    """DINO."""
 
     hidden: int = 2048
     """Width inside the head."""
@@ -50,6 +52,7 @@ class DINOSettings(Settings):
     norm_last_layer: bool = True
     """Keep the last layer's rows at length 1. The released code of SER lets them grow."""
     student_temperature: float = 0.1
+    """Of the student's softmax."""
     teacher_temperature: float = 0.04
     """At the end of its warm-up. The released code of SER sets 0.07."""
     first_teacher_temperature: float = 0.04
@@ -57,31 +60,41 @@ class DINOSettings(Settings):
     teacher_warmup_epochs: int = 0
     """The released code of SER sets 10."""
     center_momentum: float = 0.9
+    """Of the mean of the teacher's outputs, which is taken off them."""
     momentum: float = 0.996
     """Of the teacher at the start; it goes along a cosine to 1. The released code of SER sets 0.982."""
     frozen_last_layer_epochs: int = 1
     """The last layer learns only after these."""
 
+    def check(self, script: str) -> None:
+        """Raise a SERError for widths that are none."""
+        require_positive(script, self, hidden=2048, bottleneck=256, prototypes=65536)
+
+
+@dataclass(frozen=True)
+class DINOSettings(Settings):
+    """Pretrain a ViT with DINO, with an added term or without."""
+
+    method: tyro.conf.OmitArgPrefixes[MethodSettings] = field(default_factory=MethodSettings)
+
 
 # Section 4.1: ViT-S/16, 100 epochs of batch 2048, 10 of them warm-up, 2 views; all else as the official release has it.
-PAPER = DINOSettings(
-    preset="paper",
+PAPER = DINOSettings("paper").but(
     data="data/imagenet",
     precision="fp16",
     output_dir=Path("out/dino"),
     drop_path=0.1,
-    ser_temperature=0.5,
     learning_rate=5e-4,
     final_learning_rate=1e-6,
     weight_decay=0.04,
     final_weight_decay=0.4,
     decay_vectors=False,
     clip=3.0,
+    term={"temperature": 0.5},
 )
 PRESETS = {
     "paper": PAPER,
-    "released": replace(
-        PAPER,
+    "released": PAPER.but(
         preset="released",
         learning_rate=1e-4,
         final_learning_rate=1e-5,
@@ -91,12 +104,9 @@ PRESETS = {
         clip=0.3,
         crop_min=0.25,
         norm_last_layer=False,
-        ser_lambda=0.3,
-        ser_temperature=0.4,
-        ser_target="momentum",
+        term={"weight": 0.3, "temperature": 0.4, "target": "momentum"},
     ),
-    "small": replace(
-        PAPER,
+    "small": PAPER.but(
         **SMALL | {"learning_rate": 2e-3},
         output_dir=Path("out/dino_small"),
         hidden=256,
@@ -107,7 +117,7 @@ PRESETS = {
 }
 
 
-class DINO(nn.Module):
+class DINO(BaseMethod):
     """A student and the teacher that follows it, each an encoder with a head.
 
     Args:
@@ -116,10 +126,9 @@ class DINO(nn.Module):
         settings: temperatures, momenta and epochs.
     """
 
-    def __init__(self, encoder: nn.Module, head: DINOHead, settings: DINOSettings) -> None:
-        super().__init__()
+    def __init__(self, encoder: nn.Module, head: DINOHead, settings: MethodSettings) -> None:
+        super().__init__(encoder)
         self.settings = settings
-        self.encoder = encoder
         self.head = head
         self.target = momentum_copy(encoder)
         self.target_head = momentum_copy(head)
@@ -130,7 +139,13 @@ class DINO(nn.Module):
     def exported(self) -> nn.Module:
         return self.target  # the teacher is what DINO evaluates
 
-    def forward(self, embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    def forward(self, groups: Sequence[Group], encode: Encode) -> BaseOutput:
+        trained = encode(self.encoder, groups)
+        with torch.no_grad():
+            momentum = encode(self.target, global_views(groups))
+        return BaseOutput(self.loss(trained.embeddings, momentum.embeddings), trained, momentum)
+
+    def loss(self, embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Each view of the student learns what the teacher says of the other global views.
 
         Args:
@@ -154,7 +169,8 @@ class DINO(nn.Module):
     @torch.no_grad()
     def _move_center(self, teachers: list[Tensor]) -> None:
         """After use: this step's loss had the center of the steps before."""
-        mean = total(torch.stack([t.float().mean(0) for t in teachers]).mean(0, keepdim=True)) / place()[1]
+        mean = all_reduce(torch.stack([t.float().mean(0) for t in teachers]).mean(0, keepdim=True))
+        mean = mean / rank_and_world_size()[1]
         self.center.lerp_(mean, 1 - self.settings.center_momentum)
 
     def before_step(self, moment: Moment) -> None:
@@ -219,17 +235,22 @@ def distillation_loss(
     return -(target * F.log_softmax(student.float() / student_temperature, dim=-1)).sum(-1).mean()
 
 
+def recipes(settings: DINOSettings) -> tuple[list[Recipe], list[Recipe]]:
+    """Views of the official release, whose areas depend on whether there are local ones. These are SER's 2+4 views,
+    smaller than DINO's own (.05, .4)."""
+    data = settings.data
+    area = data.area or ((0.4, 1) if data.local_views else (0.14, 1))
+    size = settings.encoder.image_size
+    return standard_recipes(size, area, BICUBIC, data.local_size, data.local_views, (0.05, 0.25), data.blur)
+
+
 def build(settings: DINOSettings) -> DINO:
     """The base method around a new encoder."""
-    encoder = build_encoder(settings)
-    head = DINOHead(
-        encoder.num_features, settings.hidden, settings.bottleneck, settings.prototypes, settings.norm_last_layer
-    )
-    return DINO(encoder, head, settings)
+    encoder, own = build_encoder(settings.encoder, settings.late_layer), settings.method
+    dim = backbone(encoder).width()
+    head = DINOHead(dim, own.hidden, own.bottleneck, own.prototypes, own.norm_last_layer)
+    return DINO(encoder, head, own)
 
 
 if __name__ == "__main__":
-    try:
-        train("dino", parse(PRESETS, "dino.py"), build)
-    except SERError as error:
-        sys.exit(str(error))
+    main("dino", PRESETS, build, recipes)

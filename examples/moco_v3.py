@@ -1,9 +1,9 @@
-"""Pretrain a ViT with MoCo-v3 and soft equivariance (SER).
+"""Pretrain a ViT with MoCo-v3 and an added term, by default soft equivariance (SER).
 
     python examples/moco_v3.py                                             # minutes on a CPU, embedded photographs
     accelerate launch examples/moco_v3.py --preset paper --data /data/imagenet
-    python examples/moco_v3.py --ser-lambda 0                              # the control, b2 kept (Table 5)
-    python examples/moco_v3.py --partition-ratio 0                         # plain MoCo-v3
+    python examples/moco_v3.py ser --term.weight 0                         # the control, b2 kept (Table 5)
+    python examples/moco_v3.py none                                        # plain MoCo-v3
 
 Source of the base method: Chen, Xie & He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV
 2021 (arXiv 2104.02057), and the recipe of its official release, written anew. Where the paper on SER, the official
@@ -12,34 +12,36 @@ release and the released code of SER disagree, the setting says so, and the pres
 
 from __future__ import annotations
 
-import os
-
-# Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import pretraining  # noqa: F401  (ahead of torch: how its threads wait)
 import torch
-from pretraining.distributed import everyone, place
+import tyro
+from data.batch import Group
+from data.recipe import BILINEAR, Recipe
+from data.recipe import recipes as standard_recipes
+from pretraining.base import BaseMethod, BaseOutput, Encode, global_views
+from pretraining.distributed import all_gather
 from pretraining.encoder import build_encoder, momentum_copy
-from pretraining.loop import train
+from pretraining.loop import main
+from pretraining.positive import require_positive
 from pretraining.schedules import Moment, cosine
-from pretraining.settings import SMALL, Settings, parse
+from pretraining.settings import SMALL, Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ser_reg import SERError
+from ser_reg.backbones import backbone
+from ser_reg.distributed import rank_and_world_size
 
-__all__ = ["PRESETS", "MoCoSettings", "MoCoV3", "build", "contrastive_loss"]
+__all__ = ["PRESETS", "MethodSettings", "MoCoSettings", "MoCoV3", "build", "contrastive_loss", "recipes"]
 
 
 @dataclass(frozen=True)
-class MoCoSettings(Settings):
-    """Pretrain a ViT with MoCo-v3, with soft equivariance (SER) or without."""
+class MethodSettings:
+    """MoCo-v3."""
 
     hidden: int = 4096
     """Width inside projector and predictor."""
@@ -50,10 +52,20 @@ class MoCoSettings(Settings):
     momentum: float = 0.99
     """At the start; it goes along a cosine to 1."""
 
+    def check(self, script: str) -> None:
+        """Raise a SERError for widths that are none."""
+        require_positive(script, self, hidden=4096, out=256)
+
+
+@dataclass(frozen=True)
+class MoCoSettings(Settings):
+    """Pretrain a ViT with MoCo-v3, with an added term or without."""
+
+    method: tyro.conf.OmitArgPrefixes[MethodSettings] = field(default_factory=MethodSettings)
+
 
 # Section 4.1: ViT-S/16, 100 epochs of batch 2048, 10 of them warm-up; all else as the official release has it.
-PAPER = MoCoSettings(
-    preset="paper",
+PAPER = MoCoSettings("paper").but(
     data="data/imagenet",
     precision="fp16",
     output_dir=Path("out/moco_v3"),
@@ -64,28 +76,19 @@ PAPER = MoCoSettings(
 )
 PRESETS = {
     "paper": PAPER,
-    "released": replace(
-        PAPER,
+    "released": PAPER.but(
         preset="released",
         heads=None,
         positions="learned",
         patch_projection="fixed-default",
         learning_rate=3e-4,
-        ser_lambda=1.0,
-        ser_temperature=0.5,
-        ser_target="momentum",
+        term={"weight": 1.0, "temperature": 0.5, "target": "momentum"},
     ),
-    "small": replace(
-        PAPER,
-        **SMALL,
-        output_dir=Path("out/moco_v3_small"),
-        hidden=512,
-        out=128,
-    ),
+    "small": PAPER.but(**SMALL, output_dir=Path("out/moco_v3_small"), hidden=512, out=128),
 }
 
 
-class MoCoV3(nn.Module):
+class MoCoV3(BaseMethod):
     """A trained branch with projector and predictor, a momentum branch without predictor.
 
     Args:
@@ -106,8 +109,7 @@ class MoCoV3(nn.Module):
         temperature: float = 0.2,
         momentum: float = 0.99,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.projector = mlp(dim, hidden, hidden, out)
         self.predictor = mlp(out, hidden, out)
         self.temperature = temperature
@@ -115,11 +117,13 @@ class MoCoV3(nn.Module):
         self.target = momentum_copy(encoder)
         self.target_projector = momentum_copy(self.projector)
 
-    @property
-    def exported(self) -> nn.Module:
-        return self.encoder
+    def forward(self, groups: Sequence[Group], encode: Encode) -> BaseOutput:
+        trained = encode(self.encoder, groups)
+        with torch.no_grad():
+            momentum = encode(self.target, global_views(groups))
+        return BaseOutput(self.loss(trained.embeddings, momentum.embeddings), trained, momentum)
 
-    def forward(self, embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    def loss(self, embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Each view finds the image's other global view: for two views the sum of both directions, for more the mean
         over pairs, times two, so that λ keeps its meaning.
 
@@ -145,12 +149,6 @@ class MoCoV3(nn.Module):
         """
         self.follow(cosine(moment.progress, self.momentum, 1.0))
 
-    def before_update(self, moment: Moment) -> None:
-        """Gradients stay as they are."""
-
-    def after_update(self, moment: Moment) -> None:
-        """Nothing follows."""
-
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the momentum branch towards the trained one."""
@@ -162,10 +160,10 @@ class MoCoV3(nn.Module):
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """2τ · cross-entropy of query i finding key i among the keys of all processes (Algorithm 1, `ctr`),
     in single precision."""
-    rank, _ = place()
+    rank, _ = rank_and_world_size()
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
-        logits = queries @ everyone(keys).T / temperature
+        logits = queries @ all_gather(keys).T / temperature
         right = torch.arange(len(queries), device=logits.device) + rank * len(queries)
         return 2 * temperature * F.cross_entropy(logits, right)
 
@@ -180,14 +178,19 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def recipes(settings: MoCoSettings) -> tuple[list[Recipe], list[Recipe]]:
+    """Views of the official release for ViTs (its ResNets have areas from .2); local ones are SER's 2+4 views."""
+    data = settings.data
+    area = data.area or (0.08, 1)
+    size = settings.encoder.image_size
+    return standard_recipes(size, area, BILINEAR, data.local_size, data.local_views, (0.05, 0.25), data.blur)
+
+
 def build(settings: MoCoSettings) -> MoCoV3:
     """The base method around a new encoder."""
-    encoder = build_encoder(settings)
-    return MoCoV3(encoder, encoder.num_features, settings.hidden, settings.out, settings.temperature, settings.momentum)
+    encoder, own = build_encoder(settings.encoder, settings.late_layer), settings.method
+    return MoCoV3(encoder, backbone(encoder).width(), own.hidden, own.out, own.temperature, own.momentum)
 
 
 if __name__ == "__main__":
-    try:
-        train("moco_v3", parse(PRESETS, "moco_v3.py"), build)
-    except SERError as error:
-        sys.exit(str(error))
+    main("moco_v3", PRESETS, build, recipes)

@@ -3,8 +3,8 @@
     python examples/quickstart.py                          # both arms in a few minutes on two CPU cores
     python examples/quickstart.py --images my/photographs --image-size 64 --steps 1000
 
-The two arms start from the same weights and see the same batches and views; they differ in lambda alone. The output
-folder then holds `quickstart.png` and `results.json`. The loop to copy from is `train`.
+The two arms start from the same weights and see the same batches and views; they differ in λ, the weight of the term,
+alone. The output folder then holds `quickstart.png` and `results.json`. The loop to copy from is `own_loop.py`.
 """
 
 from __future__ import annotations
@@ -15,209 +15,303 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import tyro
-from moco_v3 import MoCoV3
-from photo_patches import PatchData, load_patches
-from pictures import draw
-from pretraining.encoder import fix_patch_projection, fix_positions
-from pretraining.schedules import cosine
-from probes import accuracies, embed
-from results import LOGGED, atomically, environment, last_tenth, print_table
-from rich.console import Console
-from rich.progress import Progress
-from settings import Settings
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich.progress import track
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ser_reg import EquivariantViews, SERError, SERLoss, TokenTap, equivariance_score, late_cls, partition_size
+from ser_reg.backbones import backbone, patch_tokens
+from ser_reg.errors import require
+from ser_reg.geometry import GroupElement, act
+from ser_reg.images import Patches, load_patches
+from ser_reg.records import atomically, environment
+from ser_reg.report.maps import colours
+from ser_reg.report.style import COLOURS, FLOOR, SCORE, STYLE, draw_line, marks
 
-__all__ = ["build", "main", "policies", "train"]
-
-EQUIVARIANCE_IMAGES = 480
-HIDDEN, OUT = 512, 128  # widths of MoCo-v3's heads; 4096 and 256 in its paper
-
-# The photometric part of MoCo-v3, the same for both policies and both views (MoCo-v3 solarises one view in five, and
-# only the second). Blur is left out, as is usual below 64 pixels. Values in [0, 1] in, about [-1, 1] out.
+HIDDEN, OUT, TEMPERATURE = 512, 128, 0.2  # MoCo-v3's heads, 4096 and 256 wide in its paper, and its contrast
 normalise = v2.Normalize([0.5] * 3, [0.5] * 3)
-photometric = v2.Compose(
-    [
-        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomSolarize(threshold=128 / 255, p=0.1),
-        normalise,
-    ]
-)
+# MoCo-v3's photometric part, the same for crops and whole images. Blur is left out, as is usual below 64 pixels.
+PHOTOMETRIC = [
+    v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+    v2.RandomGrayscale(p=0.2),
+    v2.RandomSolarize(threshold=128 / 255, p=0.1),
+    normalise,
+]
 
 
-def per_image(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The transform drawn anew for each image: on a batch, torchvision draws once for all."""
-    return lambda images: torch.stack([transform(image) for image in images])
+@dataclass(frozen=True)
+class Settings:
+    """Train a small ViT with MoCo-v3, without and with soft equivariance (SER), and compare the two."""
+
+    steps: int = 160  # Training steps of each arm.
+    seed: int = 0  # Of patches, weights, batches and views; the same for both arms.
+    weight: float = 1.0  # λ, the weight of the SER term, in the second arm; the first has 0.
+    layer: int = 2  # Blocks ahead of the tokens that SER compares.
+    cls_layer: int | None = None  # Blocks ahead of [CLS], in both arms. By default as `layer`, at most depth - 1.
+    ratio: float = 0.25  # Part of the batch (r) that is seen whole, by the equivariant views; the rest is cropped.
+    temperature: float = 0.3  # Of the SER loss.
+    images: Path | None = None  # Folder of photographs, or of sub-folders as classes. By default embedded ones.
+    train_patches: int = 96  # Training patches of each photograph.
+    test_patches: int = 48  # Held-out patches of each photograph.
+    output_dir: Path = Path("out/quickstart")  # Where quickstart.png and results.json go.
+    batch_size: int = 64  # Patches a step.
+    image_size: int = 32  # Pixels a side.
+    patch_size: int = 4  # Pixels a side.
+    width: int = 64  # Channels of a token; a multiple of 4.
+    depth: int = 6  # Number of blocks.
+    heads: int = 4  # Attention heads of a block; they divide the width.
+    learning_rate: float = 1e-3  # The highest one: a warm-up over a tenth of the steps, then along a cosine to 0.
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # Where to train.
+
+    def check(self) -> None:
+        """Raise a SERError for numbers that do not go together, before minutes are spent."""
+        least = min(self.steps, self.depth, self.train_patches, self.test_patches)
+        b2, fits = self.ratio * self.batch_size, self.width % 4 == self.width % self.heads == 0
+        side = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+        for names, ok, expected, remedy in (
+            ("steps depth train_patches test_patches", least > 0, "more than 0", "--steps 160 --depth 6"),
+            ("image_size patch_size", self.image_size == side, "a whole number of patches", f"--image-size {side}"),
+            ("width heads", fits, "a width that 4 and the number of heads divide", f"--width {16 * self.heads}"),
+            ("ratio batch_size", 2 <= b2 <= self.batch_size - 2, "two images whole, two cropped", "--ratio 0.25"),
+            ("layer depth", 0 < self.layer <= self.depth, "a layer from 1 to depth", f"--layer {min(2, self.depth)}"),
+            ("weight", self.weight >= 0, "no negative weight", "--weight 1"),
+        ):
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
+            require(ok, "quickstart.py", given, expected, f"python examples/quickstart.py {remedy}")
 
 
 def build(settings: Settings) -> VisionTransformer:
     """A timm ViT as MoCo-v3 initialises it, where [CLS] joins late."""
-    vit = VisionTransformer(
-        img_size=settings.image_size,
-        patch_size=settings.patch_size,
-        embed_dim=settings.width,
-        depth=settings.depth,
-        num_heads=settings.heads,
-        num_classes=0,
-        dynamic_img_size=True,
-        weight_init="moco",
-    )
-    if settings.fixed_positions:
-        fix_positions(vit)
-    if settings.fixed_patches:
-        fix_patch_projection(vit)
-    return late_cls(vit, settings.late_layer)
+    shape = {"embed_dim": settings.width, "depth": settings.depth, "num_heads": settings.heads, "num_classes": 0}
+    kind = {"dynamic_img_size": True, "weight_init": "moco"}
+    vit = VisionTransformer(settings.image_size, settings.patch_size, **shape, **kind)
+    known = backbone(vit)
+    positions, projection = known.positions.requires_grad_(False), known.projection.requires_grad_(False)  # as in MoCo
+    bound = math.sqrt(6 / (projection.weight[0].numel() + settings.width))  # Xavier's, as if it were a linear layer
+    with torch.no_grad():
+        positions.zero_()[0, 1:] = build_sincos2d_pos_embed(known.grid(known.size), settings.width)
+        projection.weight.uniform_(-bound, bound)
+        projection.bias.zero_()
+    late = min(settings.layer, settings.depth - 1) if settings.cls_layer is None else settings.cls_layer
+    return late_cls(vit, late)
 
 
-def policies(settings: Settings) -> tuple[Callable[[Tensor], Tensor], EquivariantViews]:
-    """T, which crops, for b1, and T_eq, which does not, for b2. Their photometric part is the same."""
-    crop = v2.RandomResizedCrop(settings.image_size, scale=(settings.crop_min, 1), antialias=True)
-    crops = per_image(v2.Compose([crop, v2.RandomHorizontalFlip(), photometric]))
-    return crops, EquivariantViews(settings.patch_size, photometric=per_image(photometric))
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers, batch norm and ReLU between them, batch norm without scale and shift at the end."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
 
 
-def train(
-    settings: Settings,
-    images: Tensor,
-    ser_lambda: float,
-    device: torch.device,
-    show: Callable[[Tensor], object] = lambda base_loss: None,
-) -> tuple[VisionTransformer, Tensor]:
-    """One arm: MoCo-v3, and with a positive lambda the SER term.
+class MoCoV3(nn.Module):
+    """Encoder, projector and predictor; the first two have a copy that follows by momentum and makes the keys."""
 
-    Returns:
-        The encoder, and what was logged: (steps, 5) for MoCo-v3 with SER, (steps, 1) for MoCo-v3 alone.
-    """
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.projector, self.predictor = encoder, mlp(width, HIDDEN, HIDDEN, OUT), mlp(OUT, HIDDEN, OUT)
+        self.target = deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
+
+    def forward(self, embeddings: list[Tensor], views: list[list[Tensor]], momentum: float) -> Tensor:
+        """The copy moves, then each image finds itself among the keys of the other view; embeddings (B, D) of views."""
+        with torch.no_grad():
+            trained = chain(self.encoder.parameters(), self.projector.parameters())
+            for slow, fast in zip(self.target.parameters(), trained, strict=True):
+                slow.lerp_(fast, 1 - momentum)
+            keys = [self.target[1](torch.cat([self.target[0](x) for x in view])) for view in views]
+        queries = [self.predictor(self.projector(embedding)) for embedding in embeddings]
+        losses = []
+        for query, key in zip(queries, reversed(keys), strict=True):
+            logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
+            right = torch.arange(len(logits), device=logits.device)
+            losses.append(2 * TEMPERATURE * F.cross_entropy(logits, right))
+        return torch.stack(losses).sum()
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """From `start` at 0 to `end` at 1 along half a cosine."""
+    return end + 0.5 * (1 + math.cos(math.pi * progress)) * (start - end)
+
+
+def part_of_rate(step: int, steps: int) -> float:
+    """Of the highest learning rate: a linear warm-up over a tenth of the steps, then along a cosine to 0."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, cosine(max(0, step - warmup) / max(1, steps - warmup), 1.0, 0.0))
+
+
+def per_image(*transforms: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The transforms drawn anew for each image: on a batch, torchvision draws once for all."""
+    return lambda images: torch.stack([v2.Compose(transforms)(image) for image in images])
+
+
+def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTransformer, dict[str, list[float]]]:
+    """One arm: MoCo-v3, and with a positive weight the SER term. Returns the encoder and what the steps logged."""
     torch.manual_seed(settings.seed)
-    vit = build(settings).to(device)
-    moco = MoCoV3(vit, settings.width, HIDDEN, OUT).to(device)
+    vit = build(settings).to(settings.device)
+    moco = MoCoV3(vit, settings.width).to(settings.device)
     parameters = [p for p in moco.parameters() if p.requires_grad]
-    if ser_lambda > 0:
-        ser = SERLoss(settings.width, temperature=settings.temperature).to(device)
+    if weight > 0:
+        ser = SERLoss(settings.width, temperature=settings.temperature).to(settings.device)
         parameters += ser.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, settings.steps))
-    crops, views = policies(settings)
-    whole = partition_size(settings.batch_size, settings.partition_ratio)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, settings.steps))
+    crop = v2.RandomResizedCrop(settings.image_size, scale=(0.2, 1), antialias=True)
+    crops = per_image(crop, v2.RandomHorizontalFlip(), *PHOTOMETRIC)
+    make_views = EquivariantViews(settings.patch_size, photometric=per_image(*PHOTOMETRIC))
+    n = partition_size(settings.batch_size, settings.ratio)
     torch.manual_seed(settings.seed + 1)  # both arms see the same from here on, whatever was built before
 
     log = []
-    for step in range(settings.steps):
+    for step in track(range(settings.steps), f"MoCo-v3, λ = {weight:g}"):
         batch = images[torch.randperm(len(images))[: settings.batch_size]]
-        b1, b2 = batch[:-whole], batch[-whole:]
-        pair = views(b2)  # two geometric views of whole images, and how they relate
-        view1 = [crops(b1).to(device), pair.x1.to(device)]
-        view2 = [crops(b1).to(device), pair.x2.to(device)]
-
+        b1, b2 = batch[:-n], batch[-n:]
+        views = [view.to(settings.device) for view in make_views(b2)]  # of whole images; each knows how it was made
+        pair = [[crops(b1).to(settings.device), view.images] for view in views]
+        embeddings, z = [], []
         with TokenTap(vit, settings.layer) as tap:  # tokens of the latest forward, which is that of b2
-            embeddings1, z1 = torch.cat([vit(part) for part in view1]), tap.tokens
-            embeddings2, z2 = torch.cat([vit(part) for part in view2]), tap.tokens
-        moco.follow(cosine(step / settings.steps, settings.momentum, 1.0))
-        with torch.no_grad():
-            targets1, targets2 = (torch.cat([moco.target(part) for part in view]) for view in (view1, view2))
-        base = moco([embeddings1, embeddings2], [targets1, targets2])  # b1 and b2 jointly
-        loss, logged = base, [base]
-        if ser_lambda > 0:
-            out = ser(z1, z2, pair.relative)
-            loss = base + ser_lambda * out.loss  # the added term
-            logged += [out.loss, out.chance, out.accuracy, out.feature_std]
-
+            for view in pair:
+                embeddings.append(torch.cat([vit(x) for x in view]))
+                z.append(tap.tokens)
+        loss = base = moco(embeddings, pair, cosine(step / settings.steps, 0.99, 1.0))  # b1 and b2 jointly
+        logs = {"base_loss": base}
+        if weight > 0:
+            out = ser(z, views)
+            loss = base + weight * out.loss  # the added term
+            logs |= {"ser_loss": out.loss, **{f"ser_{name}": value for name, value in out.logs.items()}}
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        log.append(torch.stack(logged).detach())
-        show(base.detach())
-    return vit, torch.stack(log).cpu()
+        log.append({name: value.detach() for name, value in logs.items()})
+    return vit, {name: torch.stack([logs[name] for logs in log]).tolist() for name in log[0]}
 
 
-def warm_cosine(step: int, steps: int) -> float:
-    """Part of the highest learning rate: linear warm-up over a tenth of the steps, then along a cosine to 0."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return cosine((step - warmup) / max(1, steps - warmup), 1.0, 0.0)
+def accuracies(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """k-NN (a vote of 20, weighted by exp(cosine / 0.07)) and linear accuracy of (N, D) features; nothing tuned."""
+    nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(min(20, len(train)), dim=1)
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
+    votes.scatter_add_(1, train_labels[nearest.indices], (nearest.values / 0.07).exp())
+    probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-3, max_iter=10_000))
+    linear = probe.fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy())
+    found = {"knn": (votes.argmax(1) == test_labels).double().mean().item(), "linear": float(linear)}
+    print(f"{name}: held-out accuracy of k-NN {found['knn']:.1%}, linear {found['linear']:.1%}")
+    return found
 
 
-def evaluate(vit: VisionTransformer, data: PatchData, seed: int) -> dict[str, Any]:
+@torch.no_grad()
+def evaluate(name: str, vit: VisionTransformer, data: Patches, settings: Settings) -> dict[str, Any]:
     """Accuracy on held-out patches, and equivariance on at most 480 of them."""
-    device = next(vit.parameters()).device
-    train, test = normalise(data.train), normalise(data.test)
-    features = (embed(vit, train), data.train_labels, embed(vit, test), data.test_labels)
-    generator = torch.Generator().manual_seed(seed)
-    some = test[torch.randperm(len(test), generator=generator)[:EQUIVARIANCE_IMAGES]].to(device)
-    return {"accuracy": accuracies(*features), "equivariance": equivariance_score(vit, some, generator=generator)}
+    vit.eval()
+    generator = torch.Generator().manual_seed(settings.seed)
+    pairs = ([vit(normalise(x).to(settings.device)).cpu() for x in part.split(256)] for part in (data.train, data.test))
+    train, test = map(torch.cat, pairs)
+    chosen = normalise(data.test[torch.randperm(len(test), generator=generator)[:480]]).to(settings.device)
+    scores = equivariance_score(vit, chosen, generator=generator)
+    found = accuracies(name, train, data.train_labels, test, data.test_labels)
+    for kind, layers in scores.items():
+        cells = [f"layer {i} {s['spatial']:.3f} (unrelated images {s['spatial_floor']:.2f})" for i, s in layers.items()]
+        print(f"  spatial, {kind}: {cells[settings.layer - 1]}, {cells[-1]}")
+    return {"accuracy": found, "equivariance": scores}
+
+
+@torch.no_grad()
+def draw(path: Path, results: dict[str, Any], encoders: dict[str, nn.Module], data: Patches) -> None:
+    """Training, equivariance by layer, and tokens f of the last layer before and after a quarter turn g."""
+    arms, depth, turn = results["arms"], results["settings"]["depth"], GroupElement.turn(1)
+    models = {**arms, "untrained": results["references"]["untrained"]}
+    window = max(1, results["settings"]["steps"] // 10)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 12), layout="constrained")
+        training, scores, maps = figure.subfigures(3, 1, height_ratios=[1, 1.1, 2])
+        for panel, name in zip(training.subplots(1, 3), ("base_loss", "ser_loss", "ser_accuracy"), strict=True):
+            panel.set(title=f"{name}, mean of a tenth of the steps", xlabel="step")
+            for i, history in enumerate(arm["history"] for arm in arms.values()):
+                if name in history:
+                    panel.plot(torch.tensor(history[name]).unfold(0, window, 1).mean(1), color=COLOURS[i])
+
+        scores.suptitle("Spatial equivariance score by layer (dotted: of unrelated images)")
+        kinds = list(arms["ser"]["equivariance"])
+        for panel, kind in zip(scores.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+            panel.set(title=kind, xlabel="blocks")
+            for i, model in enumerate(models.values()):
+                draw_line(panel, i, model["equivariance"][kind], "spatial", SCORE)
+                draw_line(panel, i, model["equivariance"][kind], "spatial_floor", FLOOR)
+        handles = [Line2D([], [], label=name, **marks(i)) for i, name in enumerate(models)]
+        scores.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+
+        order = data.test.std((1, 2, 3)).argsort(descending=True)
+        first = {label: i for i, label in reversed(list(enumerate(data.test_labels[order].tolist())))}
+        images = data.test[order[sorted(first.values())[:3]]]  # the most vivid, of three labels
+        turned = act(turn, images)
+        columns = [("image x", images), ("g·x", turned)]
+        for arm, vit in encoders.items():
+            tokens = act(turn, patch_tokens(vit, normalise(images), depth)), patch_tokens(vit, normalise(turned), depth)
+            pairs = zip(*(x - x.mean((2, 3), keepdim=True) for x in tokens), strict=True)
+            painted = zip(*map(colours, pairs), strict=True)
+            columns += zip((f"{arm}: g·f(x)", f"{arm}: f(g·x)"), painted, strict=True)
+        panels = maps.subplots(len(images), 6, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+        for column, (title, pictures) in zip(panels.T, columns, strict=True):
+            column[0].set_title(title)
+            for panel, picture in zip(column, pictures, strict=True):
+                panel.imshow(picture.permute(1, 2, 0).clamp(0, 1))
+        figure.savefig(path, dpi=150)
 
 
 def main(settings: Settings) -> None:
     """Both arms, the table, the picture and the file."""
     start = time.perf_counter()
     settings.check()
-    console = Console()
-    has_cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_cuda else "cpu") if settings.device == "auto" else settings.device)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     per_photo = (settings.train_patches, settings.test_patches)
     data = load_patches(settings.images, settings.image_size, per_photo, settings.seed)
-    if len(data.train) < settings.batch_size:
-        given, remedy = f"{len(data.train)} training patches", "--batch-size 16 --train-patches 96"
-        raise SERError("quickstart.py", given, f"a batch of {settings.batch_size}", f"quickstart.py {remedy}")
-    console.print(
-        f"{len(data.train)} training and {len(data.test)} held-out patches: {data.task}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    enough, given = len(data.train) >= settings.batch_size, f"{len(data.train)} training patches"
+    remedy = "python examples/quickstart.py --batch-size 16 --train-patches 96"
+    require(enough, "quickstart.py", given, f"a batch of {settings.batch_size}", remedy)
+    print(f"{given}, {len(data.test)} held out: {data.task}")
 
+    pixels = accuracies("pixels", data.train.flatten(1), data.train_labels, data.test.flatten(1), data.test_labels)
     torch.manual_seed(settings.seed)
-    pixels = (data.train.flatten(1), data.train_labels, data.test.flatten(1), data.test_labels)
-    with console.status("references: raw pixels, an untrained encoder"):
-        references = {"raw_pixels": {"accuracy": accuracies(*pixels)}}
-        references["untrained"] = evaluate(build(settings).to(device), data, settings.seed)
-
+    untrained = evaluate("untrained", build(settings).to(settings.device), data, settings)
     arms, encoders = {}, {}
-    with Progress(*Progress.get_default_columns(), "{task.fields[base]}", console=console) as progress:
-        for arm, ser_lambda in {"control": 0.0, "ser": settings.ser_lambda}.items():
-            bar = progress.add_task(f"MoCo-v3, λ = {ser_lambda:g}", total=settings.steps, base="")
-
-            def show(base: Tensor, bar=bar) -> None:
-                progress.update(bar, advance=1, base=f"loss {base:.3f}")
-
-            begin = time.perf_counter()
-            encoders[arm], log = train(settings, data.train, ser_lambda, device, show)
-            seconds = time.perf_counter() - begin
-            history = dict(zip(LOGGED, log.T.tolist(), strict=False))
-            arms[arm] = {"ser_lambda": ser_lambda, "train_seconds": seconds, "history": history}
-            arms[arm]["last_tenth"] = {name: last_tenth(values) for name, values in history.items()}
-            arms[arm] |= evaluate(encoders[arm], data, settings.seed)
-
+    for arm, weight in {"control": 0.0, "ser": settings.weight}.items():
+        begin = time.perf_counter()
+        encoders[arm], history = train(settings, data.train, weight)
+        arms[arm] = {"ser_lambda": weight, "train_seconds": time.perf_counter() - begin, "history": history}
+        arms[arm] |= evaluate(arm, encoders[arm], data, settings)
     results = {
-        "settings": asdict(settings) | {"cls_layer": settings.late_layer},
-        "environment": environment(device),
+        "settings": asdict(settings) | {"cls_layer": backbone(encoders["ser"]).cls_layer},
+        "environment": environment(settings.device),
         "data": {"task": data.task, "classes": data.names, "train": len(data.train), "held_out": len(data.test)},
-        "references": references,
+        "references": {"raw_pixels": {"accuracy": pixels}, "untrained": untrained},
         "arms": arms,
     }
     with atomically(settings.output_dir / "quickstart.png") as path:
-        draw(path, results, encoders, data.test, data.test_labels, normalise)
+        draw(path, results, {arm: vit.cpu() for arm, vit in encoders.items()}, data)
     results["seconds"] = time.perf_counter() - start
     with atomically(settings.output_dir / "results.json") as path:
         path.write_text(json.dumps(results, indent=1, default=str))
-    print_table(console, results)
-    console.print(
-        f"{settings.output_dir}/quickstart.png, results.json: {results['seconds']:.0f} s in all", soft_wrap=True
-    )
+    print(f"{settings.output_dir}/quickstart.png, results.json: {results['seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":

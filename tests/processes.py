@@ -45,7 +45,7 @@ Run = Callable[..., list[Any]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """run(size, function, *arguments): what function(Here, *arguments) returns or raises on each rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "ser_reg.losses"])
+    context.set_forkserver_preload(["torch", "ser_reg"])
     folder = str(tmp_path_factory.mktemp("store"))
     pipes = [context.Pipe() for _ in range(WORLD)]
     processes = [

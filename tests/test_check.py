@@ -1,13 +1,12 @@
 """The check finds what it is made to find, and passes what is right."""
 
-import subprocess
 import sys
 
 import pytest
 import timm
 import torch
 
-from ser_reg import SERError, check, late_cls
+from ser_reg import SERError, SERLoss, check, late_cls
 from ser_reg.check import CheckReport, Finding
 
 LAYER = 2
@@ -64,7 +63,9 @@ def test_finds_processes_that_disagree(vit, monkeypatch):
 
     module = sys.modules["ser_reg.check"]
     true = module._value_and_gradients
-    monkeypatch.setattr(module, "_value_and_gradients", lambda ser, *rest: [1.01 * value for value in true(ser, *rest)])
+    monkeypatch.setattr(
+        module, "_value_and_gradients", lambda term, *rest: [1.01 * value for value in true(term, *rest)]
+    )
     processes = check(vit, layer=LAYER).findings[2]
     assert not processes.passed
     assert "gradients by 9.9e-03" in processes.figure
@@ -87,28 +88,32 @@ def test_report():
     assert not report.passed
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "ser_reg", "check", *arguments], capture_output=True, text=True)
+def test_own_term_is_left_alone(vit):
+    term = SERLoss(32, projection_dim=16).train()
+    before = {name: value.clone() for name, value in term.state_dict().items()}
+    report = check(vit, layer=LAYER, term=term)
+    assert report.passed, str(report)
+    assert all(torch.equal(value, term.state_dict()[name]) for name, value in before.items())
+    assert all(p.grad is None for p in term.parameters())
+    assert term.training
 
 
-@pytest.mark.slow
-def test_command_line():
-    found = run("vit_tiny_patch16_224", "--layer", "3", "--batch-size", "64")
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("pass  ") == 4
+class Wrong(SERLoss):
+    """Looks at what the first view alone went through."""
+
+    def compare(self, features, views, group):
+        view1, view2 = views
+        return super().compare(features, [view1, view2._replace(relation=view1.relation @ view1.relation)], group)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["no_such_model"], "timm.list_models"),
-        (["cait_s24_224"], "timm's VisionTransformer"),
-        (["vit_tiny_patch16_224", "--layer", "40"], "from 0 to 11"),
-        (["no_module:make"], "package.module:function"),
-    ],
-)
-def test_command_line_says_what_to_type(arguments, text):
-    found = run(*arguments)
-    assert found.returncode == 2
-    assert text in found.stderr
-    assert "Traceback" not in found.stderr
+def test_finds_a_term_that_is_wrong(vit):
+    """Any term of the library's interface; and one that two processes cannot load says so."""
+    same_grid = torch.rand(3, 3, 32, 32)
+    vit.dynamic_img_size = False
+    findings = check(vit, same_grid, layer=LAYER, term=Wrong).findings
+    assert not findings[1].passed
+
+
+def test_layer_that_is_not_there(vit):
+    with pytest.raises(SERError, match=r"check\(model, layer=3\)"):
+        check(vit, layer=9)

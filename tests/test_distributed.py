@@ -17,9 +17,10 @@ from processes import RANKS, Here
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ser_reg import losses
-from ser_reg.distributed import gather, place
-from ser_reg.errors import SERError
+import ser_reg
+from ser_reg import SERError, patch_ntxent
+from ser_reg.distributed import all_gather, rank_and_world_size
+from ser_reg.losses.ntxent import contrast
 
 # One process against several ------------------------------------------------------------------------------------
 
@@ -27,7 +28,6 @@ from ser_reg.errors import SERError
 class Case(NamedTuple):
     counts: list[tuple[int, int]]  # (images, tokens of each) of every rank
     temperature: float = 0.3
-    symmetric: bool = True
     chunk_size: int | None = None
     seed: int = 0
     width: int = 5
@@ -41,12 +41,14 @@ class Case(NamedTuple):
         return shards
 
 
-def loss_of_shard(here: Here, case: Case, module: str = "ser_reg.losses", folder: str = "") -> tuple[Tensor, ...]:
+def loss_of_shard(
+    here: Here, case: Case, module: str = "ser_reg.losses.ntxent", folder: str = ""
+) -> tuple[Tensor, ...]:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     z1, z2 = case.shards()[here.rank]
-    patch_ntxent = importlib.import_module(module).patch_ntxent
-    loss = patch_ntxent(z1, z2, case.temperature, case.symmetric, case.chunk_size, here.group)
+    tested = importlib.import_module(module).patch_ntxent
+    loss = tested(z1, z2, case.temperature, case.chunk_size, here.group)
     (7 * loss).backward()
     return loss.detach(), z1.grad / 7, z2.grad / 7
 
@@ -54,7 +56,7 @@ def loss_of_shard(here: Here, case: Case, module: str = "ser_reg.losses", folder
 def loss_of_all(case: Case, oracle: Callable[..., Tensor] = dense_ntxent) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     shards = case.shards()
     z1, z2 = ([image for shard in shards for image in shard[view]] for view in (0, 1))
-    loss = oracle(z1, z2, case.temperature, case.symmetric)
+    loss = oracle(z1, z2, case.temperature)
     loss.backward()
     zero = torch.zeros_like
     grads = [tuple(zero(z) if z.grad is None else z.grad for z in shard) for shard in shards]
@@ -77,7 +79,6 @@ def cases(size: int) -> st.SearchStrategy[Case]:
         Case,
         counts.filter(lambda counts: sum(images for images, _ in counts) > 1),
         temperature=st.sampled_from([0.001, 0.07, 0.3, 1.0]),
-        symmetric=st.booleans(),
         chunk_size=st.none() | st.integers(1, 20),
         seed=st.integers(0, 999),
         width=st.integers(1, 20),
@@ -94,9 +95,8 @@ def test_any_split_equals_one_process(size, run):
     compare()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_uneven_split_equals_the_formula_read_literally(symmetric, run):
-    case = Case([(1, 3), (0, 2), (2, 1), (1, 4)], symmetric=symmetric)
+def test_uneven_split_equals_the_formula_read_literally(run):
+    case = Case([(1, 3), (0, 2), (2, 1), (1, 4)])
     loss, grads = loss_of_all(case, literal_ntxent)
     answers = run(4, loss_of_shard, case)
     torch.testing.assert_close(sum(answer[0] for answer in answers) / 4, loss, rtol=0, atol=1e-10)
@@ -127,10 +127,10 @@ def model() -> torch.nn.Module:
 
 
 def train_with_ddp(here: Here, case: Case) -> tuple[Tensor, list[Tensor]]:
-    """Parameter gradients under DDP as everyone uses it, beside another loss and under a gradient scaler's factor."""
+    """Parameter gradients under DDP as it is used, beside another loss and under a gradient scaler's factor."""
     parallel = DistributedDataParallel(model(), process_group=here.group)
     z1, z2 = (parallel(z.detach()) for z in case.shards()[here.rank])
-    loss = losses.patch_ntxent(z1, z2, group=here.group)
+    loss = patch_ntxent(z1, z2, group=here.group)
     (loss * 0.5 * 1024 + 0.1 * z1.sum()).backward()
     return loss.detach(), [parameter.grad for parameter in parallel.parameters()]
 
@@ -152,7 +152,7 @@ def test_ddp_equals_one_process(counts, run):
 def precisions(here: Here, dtype: torch.dtype) -> tuple[Tensor, ...]:
     z1, z2 = (z.detach().to(dtype).requires_grad_() for z in Case([(2, 3), (3, 2)]).shards()[here.rank])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = losses.patch_ntxent(z1, z2, group=here.group)
+        loss = patch_ntxent(z1, z2, group=here.group)
     loss.backward()
     return loss.detach(), z1.grad
 
@@ -171,12 +171,11 @@ def test_low_precision(dtype, run):
 def diagnose(here: Here, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     z1, z2 = case.shards()[here.rank]
     with torch.no_grad():
-        return tuple(losses.contrast(z1, z2, 0.3, case.symmetric, 7, here.group))
+        return tuple(contrast(z1, z2, 0.3, here.group))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_diagnostics_count_the_candidates_of_all_ranks(symmetric, run):
-    case = Case([(2, 3), (0, 2), (3, 2), (1, 4)], symmetric=symmetric, width=3)
+def test_diagnostics_count_the_candidates_of_all_ranks(run):
+    case = Case([(2, 3), (0, 2), (3, 2), (1, 4)], width=3)
     total = 2 * 3 + 3 * 2 + 1 * 4
     chance = sum(
         images * tokens * torch.tensor(1.0 + 2 * (total - tokens)).log().item() for images, tokens in case.counts
@@ -204,8 +203,8 @@ def disagree(here: Here, changes: dict[str, Any]) -> float:
     mine = changes if here.rank == 1 else {}
     z1 = torch.ones(mine.get("shape", (2, 3, 4)), dtype=mine.get("dtype", torch.float32))
     z1 = (z1 * mine.get("times", 1)).requires_grad_(mine.get("requires_grad", True))
-    options = {"temperature": 0.3, "symmetric": True, **mine.get("options", {})}
-    return losses.patch_ntxent(z1, mine.get("z2", z1), **options, group=here.group).item()
+    options = {"temperature": 0.3, **mine.get("options", {})}
+    return patch_ntxent(z1, mine.get("z2", z1), **options, group=here.group).item()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,6 @@ def disagree(here: Here, changes: dict[str, Any]) -> float:
         ({"shape": (0, 3, 5)}, "remedy:   SERLoss(dim, projection_dim=512)"),
         ({"dtype": torch.float64}, "bits per number 32 on rank 0, 64 on rank 1"),
         ({"options": {"temperature": 0.5}}, "temperature 0.3 on rank 0, 0.5 on rank 1"),
-        ({"options": {"symmetric": False}}, "symmetric 1 on rank 0, 0 on rank 1"),
         ({"requires_grad": False}, "requires_grad 1 on rank 0, 0 on rank 1"),
         ({"options": {"temperature": -1.0}}, "on rank 1\n  given:    temperature=-1.0"),
         ({"shape": (3, 4)}, "on rank 1\n  given:    z1 (3, 4) torch.float32 on cpu"),
@@ -254,7 +252,7 @@ def test_a_process_outside_the_group(run):
 
 
 def test_without_processes_there_is_one():
-    assert place() == (0, 1)
+    assert rank_and_world_size() == (0, 1)
 
 
 # The gather -----------------------------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def test_without_processes_there_is_one():
 
 def gather_uneven(here: Here, lengths: list[int]) -> tuple[list[Tensor], Tensor]:
     x = torch.full((lengths[here.rank], 2), float(here.rank), dtype=torch.float64, requires_grad=True)
-    shards = gather(x, lengths, here.group)
+    shards = all_gather(x, lengths, here.group)
     sum(((here.rank + 1) * 10.0**owner * shard).sum() for owner, shard in enumerate(shards)).backward()
     return [shard.detach() for shard in shards], x.grad
 
@@ -284,26 +282,30 @@ MUTANTS = {
         "    shards: tuple[",
         "    with torch.no_grad():\n        shards: tuple[",
     ),
-    "rank weight dropped": ("losses.py", "weight = world * anchors[rank] / sum(anchors)", "weight = 1.0"),
-    "identities shifted by one": ("losses.py", "owner != rank", "owner != (rank + 1) % world"),
-    "one kind of negative forgotten": ("losses.py", "torch.cat([shard for", "torch.cat([shard[: len(shard) // 2] for"),
+    "rank weight dropped": ("losses/ntxent.py", "weight = world_size * anchors[rank] / sum(anchors)", "weight = 1.0"),
+    "identities shifted by one": ("losses/ntxent.py", "owner != rank", "owner != (rank + 1) % world_size"),
+    "one kind of negative forgotten": (
+        "losses/ntxent.py",
+        "torch.cat([shard for",
+        "torch.cat([shard[: len(shard) // 2] for",
+    ),
     "gradients not summed": ("distributed.py", "mine[: ctx.lengths", "grads[dist.get_rank(ctx.group)][: ctx.lengths"),
 }
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("mutant", [None, *MUTANTS])
-def test_the_comparison_with_one_process_finds_mutants(mutant, symmetric, run, tmp_path):
-    name = f"ser_reg_mutant_{abs(hash((mutant, symmetric)))}"
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("")
+def test_the_comparison_with_one_process_finds_mutants(mutant, run, tmp_path):
+    name = f"ser_reg_mutant_{abs(hash(mutant))}"
+    (tmp_path / name / "losses").mkdir(parents=True)
+    for package in (tmp_path / name, tmp_path / name / "losses"):
+        (package / "__init__.py").write_text("")
     changed, old, new = MUTANTS[mutant] if mutant else ("", "", "")
-    for file in ("errors.py", "distributed.py", "losses.py"):
-        source = (Path(losses.__file__).parent / file).read_text()
+    for file in ("errors.py", "distributed.py", "losses/ntxent.py", "losses/streaming.py"):
+        source = (Path(ser_reg.__file__).parent / file).read_text()
         if file == changed:
             assert source.count(old) == 1
             source = source.replace(old, new)
         (tmp_path / name / file).write_text(source)
-    case = Case([(2, 3), (1, 2), (3, 2), (1, 4)], symmetric=symmetric)
-    answers = run(4, loss_of_shard, case, f"{name}.losses", str(tmp_path))
+    case = Case([(2, 3), (1, 2), (3, 2), (1, 4)])
+    answers = run(4, loss_of_shard, case, f"{name}.losses.ntxent", str(tmp_path))
     assert agrees(answers, case) == (mutant is None)

@@ -20,11 +20,13 @@ from ser_reg import (
     SERError,
     SERLoss,
     TokenTap,
+    View,
     act,
     check,
     late_cls,
     patch_ntxent,
     patch_tokens,
+    relation,
 )
 
 LAYER, DEPTH, DIM, PATCH = 2, 3, 32, 4
@@ -47,13 +49,13 @@ class Model(nn.Module):
         )  # fmt: skip
         self.ser = SERLoss(DIM, projection_dim=48)
 
-    def forward(self, x1: Tensor, x2: Tensor, relative, group=None) -> Tensor:
+    def forward(self, view1: View, view2: View, group=None) -> Tensor:
         maps, embeddings = [], []
         with TokenTap(self.vit, LAYER) as tap:
-            for x in (x1, x2):
-                embeddings.append(self.vit(x))
+            for view in (view1, view2):
+                embeddings.append(self.vit(view.images))
                 maps.append(tap.tokens)
-        return ssl(*embeddings) + LAMBDA * self.ser(*maps, relative, group).loss
+        return ssl(*embeddings) + LAMBDA * self.ser(maps, (view1, view2), group).loss
 
 
 def ssl(e1: Tensor, e2: Tensor) -> Tensor:
@@ -61,12 +63,16 @@ def ssl(e1: Tensor, e2: Tensor) -> Tensor:
     return (e1 - e2.roll(1, 1)).square().sum(1).mean()
 
 
-def batch(start: int = 0, stop: int = IMAGES):
-    """Images start to stop of one fixed batch and its views, which nothing has to be asked for."""
+def batch(start: int = 0, stop: int = IMAGES) -> tuple[View, View]:
+    """Views of images start to stop of one fixed batch, about which no other rank has to be asked."""
     images = torch.rand(IMAGES, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    x1, x2, g1, g2 = EquivariantViews(PATCH, shared_grid=False)(images, torch.Generator().manual_seed(2))
-    part = slice(start, stop)
-    return x1[part], x2[part], (g2 @ ~g1)[part]
+    make_views = EquivariantViews(PATCH)
+    plan = make_views.draw(IMAGES, (24, 24), torch.Generator().manual_seed(2))
+    return tuple(view[start:stop] for view in make_views.render(images, plan))
+
+
+def tokens(vit: nn.Module, views: tuple[View, View]) -> list[Tensor]:
+    return [patch_tokens(vit, view.images, LAYER) for view in views]
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -108,24 +114,23 @@ def test_activation_checkpointing(eager, reentrant):
 
 
 def test_two_extra_forwards_instead_of_the_tap(eager):
-    model = Model()
-    x1, x2, relative = batch()
-    z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in (x1, x2))
-    (ssl(model.vit(x1), model.vit(x2)) + LAMBDA * model.ser(z1, z2, relative).loss).backward()
+    model, views = Model(), batch()
+    base = ssl(*(model.vit(view.images) for view in views))
+    (base + LAMBDA * model.ser(tokens(model.vit, views), views).loss).backward()
     assert_same(gradients(model), eager)
 
 
 def test_ema_teacher_on_one_side():
     """Tokens of a teacher serve as targets: its weights get no gradient, the online side that of fixed targets."""
-    model = Model()
+    model, views = Model(), batch()
     teacher = copy.deepcopy(model.vit).requires_grad_(False)
-    x1, x2, relative = batch()
-    online, target = patch_tokens(model.vit, x1, LAYER), patch_tokens(teacher, x2, LAYER)
+    online, target = patch_tokens(model.vit, views[0].images, LAYER), patch_tokens(teacher, views[1].images, LAYER)
     assert not target.requires_grad
-    model.ser(online, target, relative).loss.backward()
+    model.ser([online, target], views).loss.backward()
     found = gradients(model)
     model.zero_grad()
-    model.ser(patch_tokens(model.vit, x1, LAYER), patch_tokens(model.vit, x2, LAYER).detach(), relative).loss.backward()
+    online, target = tokens(model.vit, views)
+    model.ser([online, target.detach()], views).loss.backward()
     assert_same(found, gradients(model))
     assert found["vit.blocks.0.attn.qkv.weight"].abs().max() > 0
     assert all(p.grad is None for p in teacher.parameters())
@@ -133,12 +138,12 @@ def test_ema_teacher_on_one_side():
 
 def test_gradient_accumulation_averages_micro_batches():
     """Not a bigger batch: the negatives of a micro-batch are its own."""
-    model, parts = Model(), [batch(0, 4), batch(4, 8)]
-    for part in parts:
-        (model(*part) / len(parts)).backward()
+    model, halves = Model(), [batch(0, 4), batch(4, 8)]
+    for half in halves:
+        (model(*half) / len(halves)).backward()
     accumulated = gradients(model)
     model.zero_grad()
-    (sum(model(*part) for part in parts) / len(parts)).backward()
+    (sum(model(*half) for half in halves) / len(halves)).backward()
     assert_same(accumulated, gradients(model))
 
 
@@ -156,11 +161,10 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 def test_compiled_loss(backend):
     torch._dynamo.reset()
     z1, z2 = torch.randn(2, 3, 20, 16, requires_grad=True)
-    for function in (lambda a, b: patch_ntxent(a, b), lambda a, b: patch_ntxent(a, b, symmetric=False)):
-        loss, expected = compiled(function, backend)(z1, z2), function(z1, z2)
-        torch.testing.assert_close(loss, expected)
-        found, wanted = (torch.autograd.grad(x, (z1, z2)) for x in (loss, expected))
-        torch.testing.assert_close(found, wanted)
+    loss, expected = compiled(lambda a, b: patch_ntxent(a, b), backend)(z1, z2), patch_ntxent(z1, z2)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x, (z1, z2)) for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,10 +172,11 @@ def test_compiled_step(eager, backend):
     """Action, term and the late-[CLS] forward, each as one graph."""
     torch._dynamo.reset()
     model = Model()
-    x1, x2, relative = batch()
-    tokens = compiled(lambda x: patch_tokens(model.vit, x, LAYER), backend)
+    views = batch()
+    images = [view.images for view in views]
+    early = compiled(lambda x: patch_tokens(model.vit, x, LAYER), backend)
     forward, term = compiled(model.vit.forward, backend), compiled(lambda *a: model.ser(*a).loss, backend)
-    loss = ssl(forward(x1), forward(x2)) + LAMBDA * term(tokens(x1), tokens(x2), relative)
+    loss = ssl(*map(forward, images)) + LAMBDA * term([early(x) for x in images], views)
     loss.backward()
     assert_same(gradients(model), eager, 1e-4)
 
@@ -181,38 +186,38 @@ def test_recompilation_ends():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     acted = torch.compile(act, fullgraph=True, dynamic=False, backend=counter)
-    views = EquivariantViews(PATCH, scale=(0.9, 1.1), ratio=(1, 1))
+    make_views = EquivariantViews(PATCH, scale=(0.9, 1.1), ratio=(1, 1))
     kinds = set()
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: 64}):
         for seed in range(60):
-            pair = views(torch.rand(2, 1, 16, 16), torch.Generator().manual_seed(seed))
-            z = torch.randn(2, 8, *(side // PATCH for side in pair.x1.shape[-2:]))
-            assert acted(pair.relative, z).shape[-2:] == tuple(side // PATCH for side in pair.x2.shape[-2:])
-            kinds.add((tuple(z.shape), pair.relative.kinds))
+            view1, view2 = make_views(torch.rand(2, 1, 16, 16), torch.Generator().manual_seed(seed))
+            grid1, grid2 = ([side // PATCH for side in view.images.shape[-2:]] for view in (view1, view2))
+            g, z = relation(view1, view2), torch.randn(2, 8, *grid1)
+            assert list(acted(g, z).shape[-2:]) == grid2
+            kinds.add((tuple(z.shape), g.kinds))
     assert counter.frame_count == len(kinds) <= 10
 
 
 # Several processes ----------------------------------------------------------------------------------------------
 
 
-def share(here: Here, world: int) -> tuple[int, int]:
+def bounds(here: Here, world: int) -> tuple[int, int]:
     return here.rank * IMAGES // world, (here.rank + 1) * IMAGES // world
 
 
 def with_ddp(here: Here, world: int, outside: bool) -> dict[str, Tensor]:
     """Term inside the wrapped module, or, with its own wrapper, beside the DDP forward as in the README's loop."""
     model = Model()
-    x1, x2, relative = batch(*share(here, world))
+    views = batch(*bounds(here, world))
     if not outside:
         wrapped = DistributedDataParallel(model, process_group=here.group)
-        wrapped(x1, x2, relative, here.group).backward()
+        wrapped(*views, here.group).backward()
         return gradients(wrapped)
     vit = DistributedDataParallel(model.vit, process_group=here.group)
     ser = DistributedDataParallel(model.ser, process_group=here.group)
-    embeddings = vit(x1), vit(x2)
-    z1, z2 = (patch_tokens(vit.module, x, LAYER) for x in (x1, x2))
-    (ssl(*embeddings) + LAMBDA * ser(z1, z2, relative, here.group).loss).backward()
+    embeddings = [vit(view.images) for view in views]
+    (ssl(*embeddings) + LAMBDA * ser(tokens(vit.module, views), views, here.group).loss).backward()
     return gradients(model)
 
 
@@ -228,27 +233,30 @@ def shard(counts: tuple[int, ...], rank: int, seed: int):
     """A rank's images, with a grid and relations of its own."""
     images = torch.rand(sum(counts), 3, 24, 24, generator=torch.Generator().manual_seed(seed))
     mine = images[sum(counts[:rank]) : sum(counts[: rank + 1])].double()
-    return EquivariantViews(PATCH, shared_grid=False)(mine, torch.Generator().manual_seed(100 * seed + rank))
+    make_views = EquivariantViews(PATCH)
+    plan = make_views.draw(max(1, len(mine)), (24, 24), torch.Generator().manual_seed(100 * seed + rank))
+    if len(mine):
+        return make_views.render(mine, plan)
+    return tuple(View(mine.new_empty(0, 3, *g.output_size((24, 24))), g[:0], {}) for g in plan)
 
 
 def term_of_rank(here: Here, counts: tuple[int, ...], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    model, pair = Model().double(), shard(counts, here.rank, seed)
-    z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in pair[:2])
-    loss = model.ser(z1, z2, pair.relative, here.group).loss
+    model, views = Model().double(), shard(counts, here.rank, seed)
+    loss = model.ser(tokens(model.vit, views), views, here.group).loss
     loss.backward()
     return loss.detach(), gradients(model)
 
 
 def term_of_all(counts: tuple[int, ...], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """One process, and the formula as it reads, over images of different grids."""
-    model, tokens = Model().double(), ([], [])
+    model, projected = Model().double(), ([], [])
     for rank, count in enumerate(counts):
-        pair = shard(counts, rank, seed)
+        views = shard(counts, rank, seed)
         if count:
-            z1, z2 = (patch_tokens(model.vit, x, LAYER) for x in pair[:2])
-            for view, z in zip(tokens, (act(pair.relative, z1), z2), strict=True):
-                view.extend(model.ser.projector(z.flatten(2).mT))
-    loss = dense_ntxent(*tokens, temperature=0.3)
+            z1, z2 = tokens(model.vit, views)
+            for side, z in zip(projected, (act(relation(*views), z1), z2), strict=True):
+                side.extend(model.ser.projector(z.flatten(2).mT))
+    loss = dense_ntxent(*projected, temperature=0.3)
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -273,10 +281,10 @@ def test_any_split_trains_encoder_and_projector_alike(run, world, data):
 def with_accumulation(here: Here) -> dict[str, Tensor]:
     """Two micro-batches, the first without synchronisation."""
     wrapped = DistributedDataParallel(Model(), process_group=here.group)
-    parts = [batch(4 * micro + 2 * here.rank, 4 * micro + 2 * here.rank + 2) for micro in (0, 1)]
+    halves = [batch(4 * micro + 2 * here.rank, 4 * micro + 2 * here.rank + 2) for micro in (0, 1)]
     with wrapped.no_sync():
-        (wrapped(*parts[0], here.group) / 2).backward()
-    (wrapped(*parts[1], here.group) / 2).backward()
+        (wrapped(*halves[0], here.group) / 2).backward()
+    (wrapped(*halves[1], here.group) / 2).backward()
     return gradients(wrapped)
 
 
@@ -295,7 +303,7 @@ def with_fsdp(here: Here) -> dict[str, Tensor]:
     for block in model.vit.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model(*batch(*share(here, 2)), here.group).backward()
+    model(*batch(*bounds(here, 2)), here.group).backward()
     return gradients(model)
 
 
@@ -308,10 +316,10 @@ def test_fsdp2(run, eager):
 
 def one_rank_is_wrong(here: Here, wrong: str) -> None:
     z1, z2 = torch.randn(2, 2, DIM, 5, 6, requires_grad=True)
-    g = GroupElement.identity(2)
+    views = [View(torch.empty(2, 0), GroupElement.identity(2), {}) for _ in range(2)]
     if here.rank == 1:
-        z1, z2, g = {"nan": (z1, z2 * torch.nan, g), "grid": (z1, z2.mT, g), "channels": (z1[:, 1:], z2, g)}[wrong]
-    SERLoss(DIM)(z1, z2, g, here.group)
+        z1, z2 = {"nan": (z1, z2 * torch.nan), "grid": (z1, z2.mT), "channels": (z1[:, 1:], z2)}[wrong]
+    SERLoss(DIM)([z1, z2], views, here.group)
 
 
 @pytest.mark.parametrize("wrong", ["nan", "grid", "channels"])
@@ -331,15 +339,17 @@ def test_check_refuses_to_run_on_one_of_several_ranks(run):
         assert "one of 4 processes" in answer.given
 
 
-def views_of_rank(here: Here, shared: bool) -> list[tuple]:
-    """Grids, parities and flips that a rank draws from its own stream."""
+def views_of_rank(here: Here, called: bool) -> list[tuple]:
+    """Grids, parities and flips of views that a rank makes, or of those that it draws by itself, from its own
+    stream of random numbers."""
     torch.manual_seed(here.rank)
-    views = EquivariantViews(PATCH, shared_grid=shared)
-    pairs = [views(torch.rand(16, 1, 24, 24)) for _ in range(4)]
-    return [(x.shape, (g.turns[0] % 2).item(), g.flip.tolist()) for p in pairs for x, g in ((p.x1, p.g1), (p.x2, p.g2))]
+    make_views = EquivariantViews(PATCH)
+    made = [make_views(torch.rand(16, 1, 24, 24)) if called else make_views.draw(16, (24, 24)) for _ in range(4)]
+    elements = [view.relation if called else view for views in made for view in views]
+    return [(g.output_size((24, 24)), (g.turns[0] % 2).item(), g.flip.tolist()) for g in elements]
 
 
-def test_ranks_share_grids_and_nothing_else(run):
+def test_ranks_that_call_share_grids_and_nothing_else(run):
     first, *others = run(4, views_of_rank, True)
     for other in others:
         assert [draw[:2] for draw in other] == [draw[:2] for draw in first]

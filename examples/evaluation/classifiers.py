@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from data.labelled import NO_LABEL
 from pretraining.schedules import cosine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ser_reg import SERError
+from ser_reg.errors import require
 
-from .progress import Progress
+from .checkpoint import EpochCheckpoint
 
-__all__ = ["Batches", "CachedBatches", "Kind", "choose_rate", "fit", "linear", "mlp", "predict", "split", "top"]
+__all__ = ["Batches", "CachedBatches", "Kind", "choose_rate", "fit", "predict", "split", "top", "usual_batch"]
 
-HELD_OUT = 0.1  # part of the training images on which a learning rate is chosen ...
+HELD_OUT = 0.1  # share of the training images on which a learning rate is chosen ...
 HELD_OUT_MOST = 50_000  # ... and no more than these
 
 
@@ -29,7 +30,7 @@ class Kind(NamedTuple):
 
 
 class Batches(Protocol):
-    """What a classifier is trained on: features and labels, drawn anew in every epoch; a label of -100 is none."""
+    """What a classifier is trained on: features and labels, drawn anew in every epoch; a label may be NO_LABEL."""
 
     steps: int
     """In an epoch."""
@@ -48,7 +49,7 @@ class CachedBatches:
         batch_size: images.
         seed: of their order.
         device: where batches go.
-        places: numbers of the images to use; all by default.
+        indices: of the images to use; all by default.
     """
 
     def __init__(
@@ -58,49 +59,22 @@ class CachedBatches:
         batch_size: int,
         seed: int,
         device: torch.device,
-        places: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> None:
         self.features, self.labels, self.seed, self.device = features, labels, seed, device
-        self.places = torch.arange(len(labels)) if places is None else places
-        self.batch_size = min(batch_size, len(self.places))
-        self.steps = len(self.places) // self.batch_size
+        self.indices = torch.arange(len(labels)) if indices is None else indices
+        self.batch_size = min(batch_size, len(self.indices))
+        self.steps = len(self.indices) // self.batch_size
 
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(self.seed + 1000 * epoch))
-        for batch in self.places[order].split(self.batch_size)[: self.steps]:
+        order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(self.seed + 1000 * epoch))
+        for batch in self.indices[order].split(self.batch_size)[: self.steps]:
             yield self.features[batch].to(self.device), self.labels[batch].to(self.device)
 
 
-def linear() -> Kind:
-    """One layer, SGD with momentum 0.9 and no decay, as in MoCo-v3's and DINO's evaluation."""
-
-    def build(channels: int, classes: int) -> nn.Module:
-        layer = nn.Linear(channels, classes)
-        nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
-        return layer
-
-    return Kind(build, lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9))
-
-
-def mlp(hidden: int) -> Kind:
-    """Three layers with ReLU between them, Adam without decay.
-
-    The paper names three layers and Garrido et al. (2023), and gives no more; theirs have 1024 channels and Adam.
-    """
-
-    def build(channels: int, classes: int) -> nn.Module:
-        widths = (channels, hidden), (hidden, hidden)
-        layers = [module for width in widths for module in (nn.Linear(*width), nn.ReLU(inplace=True))]
-        return nn.Sequential(*layers, nn.Linear(hidden, classes))
-
-    return Kind(build, lambda parameters, rate: torch.optim.Adam(parameters, rate))
-
-
 def split(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Places among n training images: those to train on, and those held out to choose the learning rate."""
-    if n < 2:
-        raise SERError("evaluate.py", f"{n} training images", "two at least: one is held out", "--data FOLDER")
+    """Numbers of n training images: those to train on, and those held out to choose the learning rate."""
+    require(n >= 2, "evaluate.py", f"{n} training images", "two at least: one is held out", "--data FOLDER")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = min(HELD_OUT_MOST, max(1, round(HELD_OUT * n)))
     return order[held:].sort().values, order[:held].sort().values
@@ -115,12 +89,12 @@ def fit(
     epochs: int,
     seed: int,
     device: torch.device,
-    progress: Progress | None = None,
+    checkpoint: EpochCheckpoint | None = None,
     show: Callable[[int], object] = lambda epoch: None,
 ) -> list[nn.Module]:
     """One classifier for each learning rate, all on the same batches; each rate falls along a cosine to 0.
 
-    They start from the same weights. What is returned is the end of the training, not its best epoch. With `progress`
+    They start from the same weights. What is returned is the end of the training, not its best epoch. With `checkpoint`
     it goes on after the last whole epoch, if it was stopped.
     """
     heads = []
@@ -129,25 +103,25 @@ def fit(
             torch.manual_seed(seed)
             heads.append(kind.build(channels, classes).to(device))
     optimizers = [kind.optimizer(head.parameters(), rate) for head, rate in zip(heads, rates, strict=True)]
-    state = (progress and progress.load()) or {"epochs": 0}
+    state = (checkpoint and checkpoint.load()) or {"epochs": 0}
     if state["epochs"]:
         for trained, states in ((heads, state["heads"]), (optimizers, state["optimizers"])):
             for part, values in zip(trained, states, strict=True):
                 part.load_state_dict(values)
     for epoch in range(state["epochs"], epochs):
-        for place, (features, labels) in enumerate(batches(epoch)):
-            done = (epoch + place / batches.steps) / epochs
+        for step, (features, labels) in enumerate(batches(epoch)):
+            done = (epoch + step / batches.steps) / epochs
             for head, optimizer, rate in zip(heads, optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = cosine(done, rate, 0.0)
                 # A sum over the labels there are: a batch without any would have a mean of nan.
-                lost = F.cross_entropy(head(features), labels, reduction="sum")
-                loss = lost / (labels >= 0).sum().clamp(min=1)
+                lost = F.cross_entropy(head(features), labels, reduction="sum", ignore_index=NO_LABEL)
+                loss = lost / (labels != NO_LABEL).sum().clamp(min=1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        if progress:
+        if checkpoint:
             states = ([part.state_dict() for part in parts] for parts in (heads, optimizers))
-            progress.save({"epochs": epoch + 1} | dict(zip(("heads", "optimizers"), states, strict=True)))
+            checkpoint.save({"epochs": epoch + 1} | dict(zip(("heads", "optimizers"), states, strict=True)))
         show(epoch)
     return [head.eval() for head in heads]
 
@@ -171,13 +145,20 @@ def predict(head: nn.Module, features: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, labels: Tensor, k: int) -> float:
-    """How often the label is among the k highest scores, as a part of 1.
+    """How often the label is among the k highest scores, as a fraction of 1.
 
     Raises:
         SERError: scores that are not finite, of which some class or other would come out highest.
     """
-    if not scores.isfinite().all():
-        given, remedy = "a classifier that diverged", "evaluate.py linear --base-rates 0.01 0.03  # lower ones"
-        raise SERError("evaluate.py", given, "finite scores", remedy)
+    given, remedy = "a classifier that diverged", "evaluate.py linear --base-rates 0.01 0.03  # lower ones"
+    require(scores.isfinite().all(), "evaluate.py", given, "finite scores", remedy)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).double().mean().item()
+
+
+def usual_batch(images: int) -> int:
+    """1024, or the power of two that gives at least 16 steps an epoch; 16 at the least."""
+    batch = 1024
+    while batch > 16 and 16 * batch > images:
+        batch //= 2
+    return batch

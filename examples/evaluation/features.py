@@ -1,4 +1,4 @@
-"""Features of a data set: computed once, by all processes together, and kept on disk.
+"""Features of a data set, computed by all processes together: at once, or kept on disk for all judgements.
 
 A folder of the cache holds one kind of features of one data set, as files of `CHUNK` images. A file is whole or not
 there, so that an extraction that was stopped goes on where it was; and it says of which model, images and transform
@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from pretraining.policies import evaluation
-from pretraining.sources import Source
-from results import atomically
+from data.base import Source, Subset
+from data.labelled import NO_LABEL, LabelledBatch, LabelledDataset, collate_labelled
+from data.recipe import evaluation_transform, normalise
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from ser_reg import SERError
+from ser_reg.errors import SERError, require
+from ser_reg.records import atomically
 
 from .encoder import Encoder, pooled
 
-__all__ = ["Features", "Recipe", "Some", "class_tokens", "extract", "read"]
+__all__ = ["Extraction", "Features", "class_tokens", "embeddings", "extract", "read"]
 
 CHUNK = 4096  # images a file
 SAMPLED, SIDE = 16, 32  # images, and pixels a side, that stand for all pixels of the data set
 
-Batch = tuple[list[int], Tensor | None, list[tuple[str, str]]]  # numbers and images that were read; those that were not
 
-
-class Recipe(NamedTuple):
+class Extraction(NamedTuple):
     """What is computed of a batch of images."""
 
     name: str
@@ -45,32 +44,13 @@ class Recipe(NamedTuple):
     """Of (B, 3, S, S) uint8 images on the model's device: (B, D) features by name."""
 
 
-class Some:
-    """A part of a source."""
-
-    def __init__(self, source: Source, indices: list[int]) -> None:
-        self.source, self.indices, self.classes = source, indices, source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, i: int) -> Image.Image:
-        return self.source.image(self.indices[i])
-
-    def label(self, i: int) -> int:
-        return self.source.label(self.indices[i])
-
-    def name(self, i: int) -> str:
-        return self.source.name(self.indices[i])
-
-
 class Features:
     """Features of those images of a source that could be read, in the order of the source.
 
     Attributes:
         classes: names of the classes.
         labels: (N,) int64, indices into `classes`.
-        indices: (N,) places in the source.
+        indices: (N,) of the images in the source.
         unreadable: what was left out: (name of the image, why) each.
     """
 
@@ -83,43 +63,72 @@ class Features:
 
     def __getitem__(self, name: str) -> Tensor:
         """(N, D): read from disk now, and not kept."""
-        parts = []
+        chunks = []
         for path in self._paths:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118  # no image of this file could be read, otherwise
-                    parts.append(file.get_tensor(name))
-        return torch.cat(parts)
+                    chunks.append(file.get_tensor(name))
+        return torch.cat(chunks)
 
 
-def class_tokens(encoder: Encoder, last: int) -> Recipe:
+def class_tokens(encoder: Encoder, last: int) -> Extraction:
     """The embedding ("pooled") and, of a ViT with [CLS], its normalised [CLS] of the last blocks ("cls"), joined.
 
     Source: Section 4.1 of the paper: the linear classifier sees the last four, as in DINO's evaluation of ViT-S.
     """
-    vit = encoder.vit
-    normalised = not isinstance(getattr(vit, "norm", None), torch.nn.Identity | None)
-    if encoder.late_cls is None or getattr(vit, "cls_token", None) is None or not normalised:
-        return Recipe("pooled", lambda encoder, images: {"pooled": pooled(encoder.vit, encoder.normalise(images))})
+    known = encoder.known
+    if known is None or not known.has_class_tokens:
+        return Extraction("pooled", lambda made, images: {"pooled": pooled(made.model, made.normalise(images))})
+    expected, remedy = f"1 to {known.depth} blocks", f"--last {min(4, known.depth)}"
+    require(1 <= last <= known.depth, "evaluate.py", f"--last {last}", expected, remedy)
 
     def compute(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-        model = encoder.vit
-        final, blocks = model.forward_intermediates(
-            encoder.normalise(images), indices=last, norm=True, return_prefix_tokens=True, output_fmt="NLC"
-        )
-        tokens = torch.cat([prefix[:, 0] for _, prefix in blocks], dim=1)
-        return {"pooled": model.forward_head(final, pre_logits=True), "cls": tokens}
+        tokens = encoder.layered("evaluate.py").class_tokens(encoder.normalise(images), last)
+        return dict(zip(("pooled", "cls"), tokens, strict=True))
 
-    depth = len(vit.blocks)
-    if not 1 <= last <= depth:
-        raise SERError("evaluate.py", f"--last {last}", f"1 to {depth} blocks", f"--last {min(4, depth)}")
-    return Recipe(f"last{last}", compute)
+    return Extraction(f"last{last}", compute)
+
+
+@torch.no_grad()
+def embeddings(
+    encoder: nn.Module, source: Source, size: int, accelerator: Accelerator, workers: int
+) -> tuple[Tensor, Tensor]:
+    """(N, D) embeddings and (N,) labels of all images of a source, computed by all processes, on the CPU of each.
+
+    For an encoder of a training, of ImageNet's mean and deviation: nothing is kept on disk, and each process runs
+    equally many forwards, as a gather and an encoder that is sharded want. Images that cannot be read are left out,
+    and a warning names them.
+
+    Raises:
+        SERError: the source has no labels.
+    """
+    call, remedy = "embeddings(encoder, source)", "open_source('embedded', 'val')"
+    require(source.classes, call, lambda: f"unlabelled images such as {source.name(0)}", "labels", remedy)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    # Those that came round to the first images again count for nothing.
+    places = range(rank, -(-len(source) // world_size) * world_size, world_size)
+    numbers = [[i % len(source) for i in places[start : start + 256]] for start in range(0, len(places), 256)]
+    training = encoder.training
+    encoder.eval()
+    features, labels = [], []
+    for batch in _batches(source, size, numbers, workers, accelerator.device):
+        for name, why in batch.unreadable:
+            warnings.warn(f"unreadable, left out: {name} ({why})", stacklevel=2)
+        with accelerator.autocast():
+            features.append(encoder(normalise(batch.images.to(accelerator.device))).float())
+        labels.append(batch.labels.to(accelerator.device))
+    encoder.train(training)
+    marks = torch.cat(labels)
+    marks[torch.tensor(places, device=marks.device) >= len(source)] = NO_LABEL
+    found, marks = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(marks).cpu()
+    return found[marks >= 0], marks[marks >= 0]
 
 
 def extract(
     accelerator: Accelerator,
     encoder: Encoder,
     source: Source,
-    recipe: Recipe,
+    extraction: Extraction,
     cache: Path,
     batch_size: int = 256,
     workers: int = 0,
@@ -141,50 +150,57 @@ def extract(
         SERError: a file in the folder is of another model, other images or another transform, or cut off; or no image
             can be read.
     """
-    folder = cache / recipe.name
+    folder = cache / extraction.name
     key = {
-        "recipe": recipe.name,
+        "recipe": extraction.name,
         "model": encoder.fingerprint,
         "images": _fingerprint(source),
         "transform": f"{encoder.size} pixels, mean {encoder.mean}, std {encoder.std}",
     }
-    parts = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
-    if not parts:
-        raise SERError(f"features into {folder}", "a data set without images", "at least one", "--data FOLDER")
-    paths = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-    keys = [key | {"places": f"{part.start} to {part.stop}"} for part in parts]
+    chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
+    call = f"features into {folder}"
+    require(chunks, call, "a data set without images", "at least one", "--data FOLDER")
+    paths = [folder / f"{number:05d}.safetensors" for number in range(len(chunks))]
+    keys = [key | {"places": f"{chunk.start} to {chunk.stop}"} for chunk in chunks]
     missing = [number for number, path in enumerate(paths) if not _fits(path, keys[number])]
     accelerator.wait_for_everyone()  # before anybody writes: all have seen the same files
     if missing:
-        note(f"features of {sum(len(parts[n]) for n in missing)} of {len(source)} images into {folder}")
+        note(f"features of {sum(len(chunks[n]) for n in missing)} of {len(source)} images into {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        batches_of_mine = [parts[n][i : i + batch_size] for n in mine for i in range(0, len(parts[n]), batch_size)]
-        loader = DataLoader(
-            _Readable(source, encoder.size),
-            batch_sampler=batches_of_mine,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-        batches = iter(loader)
+        numbers = [chunks[n][i : i + batch_size] for n in mine for i in range(0, len(chunks[n]), batch_size)]
+        batches = iter(_batches(source, encoder.size, numbers, workers, accelerator.device))
         for number in mine:
-            _write(paths[number], parts[number], batches, encoder, recipe, keys[number], accelerator.device)
+            _write(paths[number], chunks[number], batches, encoder, extraction, keys[number], accelerator.device)
     accelerator.wait_for_everyone()
     features = Features(source, paths)
-    if not len(features.labels):
-        name, why = features.unreadable[0]
-        given, expected = f"{len(source)} images, none readable; {name}: {why}", "at least one that can be read"
-        raise SERError(f"features into {folder}", given, expected, f"file '{name}'")
+    why = ": ".join(next(iter(features.unreadable), ("", "")))
+    given, expected = f"{len(source)} images, none readable; {why}", "at least one that can be read"
+    require(len(features.labels), call, given, expected, lambda: f"file '{features.unreadable[0][0]}'")
     return features
 
 
 def read(source: Source, size: int, workers: int) -> tuple[Tensor, list[tuple[str, str]]]:
     """(N, 3, S, S) uint8 of the readable images, and what was left out."""
-    loader = DataLoader(_Readable(source, size), batch_size=64, num_workers=workers, collate_fn=_collate)
-    batches = list(loader)
-    images = [images for _, images, _ in batches if images is not None]
-    return torch.cat(images or [torch.empty(0, 3, size, size)]), [one for *_, failed in batches for one in failed]
+    numbers = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
+    batches = list(_batches(source, size, numbers, workers))
+    images = [batch.images[batch.readable] for batch in batches]
+    return torch.cat([*images, torch.empty(0, 3, size, size, dtype=torch.uint8)]), [
+        pair for batch in batches for pair in batch.unreadable
+    ]
+
+
+def _batches(
+    source: Source, size: int, numbers: Sequence[Sequence[int]], workers: int, device: torch.device | None = None
+) -> DataLoader[LabelledBatch]:
+    """The middle of the images of these numbers, on their way to a device."""
+    return DataLoader(
+        LabelledDataset(source, evaluation_transform(size)),
+        batch_sampler=numbers,
+        num_workers=workers,
+        collate_fn=collate_labelled,
+        pin_memory=device is not None and device.type == "cuda",
+    )
 
 
 def _fingerprint(source: Source) -> str:
@@ -192,7 +208,7 @@ def _fingerprint(source: Source) -> str:
     digest = hashlib.sha256(str(len(source)).encode())
     for i in range(len(source)):
         digest.update(f"\n{source.name(i)}".encode())
-    sample, _ = read(Some(source, sorted({i * len(source) // SAMPLED for i in range(SAMPLED)})), SIDE, 0)
+    sample, _ = read(Subset(source, sorted({i * len(source) // SAMPLED for i in range(SAMPLED)})), SIDE, 0)
     digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -203,11 +219,9 @@ def _fits(path: Path, key: dict[str, str]) -> bool:
         return False
     header = _header(path)
     wrong = [name for name, value in key.items() if header.get(name) != value]
-    if wrong:
-        given = "; ".join(f"{name} {header.get(name)}" for name in wrong)
-        expected = "; ".join(f"{name} {key[name]}" for name in wrong)
-        remedy = f"rm -r '{path.parent}'  # or --cache ELSEWHERE"
-        raise SERError(f"features from {path.parent}", given, expected, remedy)
+    given, expected = ("; ".join(f"{name} {found.get(name)}" for name in wrong) for found in (header, key))
+    remedy = f"rm -r '{path.parent}'  # or --cache ELSEWHERE"
+    require(not wrong, f"features from {path.parent}", given, expected, remedy)
     return True
 
 
@@ -219,57 +233,40 @@ def _header(path: Path) -> dict[str, str]:
         raise SERError(f"features from {path}", str(error), "a whole file", f"rm '{path}'") from error
 
 
-class _Readable(Dataset[tuple[int, Tensor | None, str, str]]):
-    """Images by number: uint8, or why they cannot be read."""
-
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.transform = source, evaluation(size)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str, str]:
-        try:
-            return index, self.transform(self.source.image(index)), "", ""
-        except SERError as error:
-            return index, None, self.source.name(index), error.given
-
-
-def _collate(samples: list[tuple[int, Tensor | None, str, str]]) -> Batch:
-    read = [(index, image) for index, image, *_ in samples if image is not None]
-    failed = [(name, why) for _, image, name, why in samples if image is None]
-    return [index for index, _ in read], torch.stack([image for _, image in read]) if read else None, failed
-
-
 @torch.inference_mode()
 def _write(
     path: Path,
     numbers: range,
-    batches: Iterator[Batch],
+    batches: Iterator[LabelledBatch],
     encoder: Encoder,
-    recipe: Recipe,
+    extraction: Extraction,
     key: dict[str, str],
     device: torch.device,
 ) -> None:
     """Compute one file from the batches that are its images."""
-    indices: list[int] = []
+    indices: list[Tensor] = []
     unreadable: list[tuple[str, str]] = []
     found: dict[str, list[Tensor]] = {}
-    while len(indices) + len(unreadable) < len(numbers):
-        read, images, failed = next(batches)
-        indices += read
-        unreadable += failed
-        if images is not None:
-            for name, values in recipe.compute(encoder, images.to(device, non_blocking=True)).items():
+    while sum(map(len, indices)) + len(unreadable) < len(numbers):
+        batch = next(batches)
+        indices.append(batch.indices[batch.readable])
+        unreadable += batch.unreadable
+        images = batch.images[batch.readable] if batch.unreadable else batch.images
+        if len(images):
+            for name, values in extraction.compute(encoder, images.to(device, non_blocking=True)).items():
                 found.setdefault(name, []).append(values.float().cpu())
     tensors = {name: torch.cat(values) for name, values in found.items()}
     for name, values in tensors.items():
-        if not values.isfinite().all():
-            given = f"{name} that are infinite or not a number, of {int((~values.isfinite()).any(1).sum())} images"
-            expected = f"finite ones of all images {numbers.start} to {numbers.stop - 1}"
-            lower = "evaluate.py finetune --base-rate 1e-4  # it diverged: a lower one"
-            remedy = lower if recipe.name == "logits" else f"evaluate.py knn --model '{encoder.name}' --device cpu"
-            raise SERError(f"features into {path}", given, expected, remedy)
-    tensors["indices"] = torch.tensor(indices, dtype=torch.int64)
+        lower = "evaluate.py finetune --base-rate 1e-4  # it diverged: a lower one"
+        require(
+            values.isfinite().all(),
+            f"features into {path}",
+            lambda name=name, values=values: (
+                f"{name} that are infinite or not a number, of {int((~values.isfinite()).any(1).sum())} images"
+            ),
+            f"finite ones of all images {numbers.start} to {numbers.stop - 1}",
+            lower if extraction.name == "logits" else f"evaluate.py knn --model '{encoder.name}' --device cpu",
+        )
+    tensors["indices"] = torch.cat(indices)
     with atomically(path) as part:
         save_file(tensors, part, metadata=key | {"unreadable": json.dumps(unreadable)})

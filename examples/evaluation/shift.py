@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from data.folders import is_image
 from PIL import Image
-from pretraining.folders import is_image
-from results import atomically
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets.folder import make_dataset
 
-from ser_reg import SERError, read_image
+from ser_reg.errors import SERError, require
+from ser_reg.images import read_image
 
+from .base import Judgement, Session, folder_name, percent
 from .classifiers import predict, top
-from .encoder import Encoder
+from .linear import LinearClassifier
 
-__all__ = ["ClassFolders", "LinearClassifier", "accuracies"]
+__all__ = ["ClassFolders", "Shift", "shifted_accuracies"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Judgement):
+    """Judge the classifier of the subcommand linear on other images of the same classes.
+
+    For ImageNet-V2, ImageNet-R and ImageNet-Sketch (Tables 1 and 2 of the paper), and any FOLDER/CLASS/*.jpg whose
+    classes are some of the training's. Numbered folders, as ImageNet-V2 has, are places among the training classes.
+    Accuracy is given among the classes that occur, and among all.
+    """
+
+    folders: tuple[Path, ...]
+    """Folders of folders of images."""
+    classifier: Path | None = None
+    """By default OUTPUT_DIR/linear.safetensors."""
+
+    def run(self) -> None:
+        session = Session(self)
+        path = self.classifier or self.output_dir / "linear.safetensors"
+        classifier = LinearClassifier.load(path, session.encoder)
+        classifier.layer.to(session.device)
+        extraction, name = session.class_tokens(classifier.last)
+        sources = {folder: ClassFolders(folder, classifier.classes) for folder in self.folders}  # all checked first
+        results = {}
+        for folder, source in sources.items():
+            features = session.features(source, folder_name(str(folder)), extraction)
+            if session.main:
+                found = shifted_accuracies(classifier.layer, features[name], features.labels)
+                results[str(folder)] = found
+                among = f"among {found['classes']} classes, {percent(found['top1_among_all'])} among all"
+                session.note(f"{folder}: {percent(found['top1'])} of {found['images']} images {among}")
+            session.write(results)
 
 
 class ClassFolders:
@@ -34,19 +65,17 @@ class ClassFolders:
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
         call = f"evaluate.py shift --folders {folder}"
-        if not folder.is_dir():
-            raise SERError(call, "a file" if folder.exists() else "no such folder", "FOLDER/CLASS/*.jpg", "ls")
+        given = "a file" if folder.exists() else "no such folder"
+        require(folder.is_dir(), call, given, "FOLDER/CLASS/*.jpg", "ls")
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not names:
-            raise SERError(call, "no sub-folder in it", "FOLDER/CLASS/*.jpg", f"ls '{folder}'")
+        require(names, call, "no sub-folder in it", "FOLDER/CLASS/*.jpg", f"ls '{folder}'")
         labels = {name: label for label, name in enumerate(classes)}
         if not set(names) & set(labels) and all(name.isdigit() and int(name) < len(classes) for name in names):
             labels = {name: int(name) for name in names}
         unknown = [name for name in names if name not in labels]
-        if unknown:
-            given = f"{len(unknown)} of {len(names)} sub-folders that are no class of the classifier: " + _some(unknown)
-            expected = f"some of its {len(classes)} classes, such as {_some(classes)}"
-            raise SERError(call, given, expected, f"ls '{folder}'")
+        given = f"{len(unknown)} of {len(names)} sub-folders that are no class of the classifier: {_first(unknown)}"
+        expected = f"some of its {len(classes)} classes, such as {_first(classes)}"
+        require(not unknown, call, given, expected, f"ls '{folder}'")
         self.classes = classes
         try:
             found = make_dataset(folder, {name: labels[name] for name in names}, is_valid_file=is_image)
@@ -67,41 +96,7 @@ class ClassFolders:
         return self._samples[i][0]
 
 
-class LinearClassifier(NamedTuple):
-    """What `evaluate.py linear` trained, and on what."""
-
-    layer: nn.Linear
-    classes: list[str]
-    last: int
-    """Blocks whose [CLS] it sees."""
-
-    def save(self, path: Path, encoder: Encoder) -> None:
-        tensors = {name: value.detach().cpu() for name, value in self.layer.state_dict().items()}
-        metadata = {"classes": json.dumps(self.classes), "last": str(self.last), "encoder": encoder.fingerprint}
-        with atomically(path) as part:
-            save_file(tensors, part, metadata=metadata | {"size": str(encoder.size)})
-
-    @classmethod
-    def load(cls, path: Path, encoder: Encoder) -> LinearClassifier:
-        """Raises a SERError if there is none, or if it was trained on another encoder's features."""
-        call, remedy = f"evaluate.py shift --classifier {path}", f"evaluate.py linear --model {encoder.name}"
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata, weight, bias = file.metadata() or {}, file.get_tensor("weight"), file.get_tensor("bias")
-                known = {name: metadata[name] for name in ("classes", "last", "encoder", "size")}
-        except (SafetensorError, OSError, KeyError) as error:
-            given = f"{type(error).__name__}: {error}"
-            raise SERError(call, given, "the linear.safetensors that `evaluate.py linear` writes", remedy) from error
-        if (known["encoder"], known["size"]) != (encoder.fingerprint, str(encoder.size)):
-            given = f"a classifier of the encoder {known['encoder']} at {known['size']} pixels"
-            expected = f"of {encoder.fingerprint} at {encoder.size}, which is {encoder.name}"
-            raise SERError(call, given, expected, remedy)
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        return cls(layer, json.loads(known["classes"]), int(known["last"]))
-
-
-def accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, Any]:
+def shifted_accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, Any]:
     """Top-1 and top-5 among the classes that occur, and among all that the classifier knows.
 
     The two are the same for ImageNet-V2 and ImageNet-Sketch. For the 200 classes of ImageNet-R its authors restrict
@@ -109,8 +104,8 @@ def accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, 
     """
     scores = predict(layer, features)
     present = labels.unique()
-    place = torch.full((scores.shape[1],), -1).scatter(0, present, torch.arange(len(present)))
-    restricted, restricted_labels = scores[:, present], place[labels]
+    position = torch.full((scores.shape[1],), -1).scatter(0, present, torch.arange(len(present)))
+    restricted, restricted_labels = scores[:, present], position[labels]
     return {
         "images": len(labels),
         "classes": len(present),
@@ -121,5 +116,5 @@ def accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, 
     }
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

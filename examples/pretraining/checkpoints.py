@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import atomically
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,12 +16,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ser_reg import SERError
+from ser_reg.errors import require
+from ser_reg.export import FORMAT
+from ser_reg.records import atomically
 
-from .settings import Settings
+from .settings import Settings, flatten, require_format
 
-__all__ = ["discard", "restore", "save", "saved"]
+__all__ = ["FULL", "discard", "load", "restore", "save"]
 
 NAME = "checkpoint.pt"
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks, however parameters are sharded
 
 
 def save(
@@ -39,18 +42,19 @@ def save(
     Order of images, crops, geometry and dropped paths are functions of the seed and the number of the step, so that
     these two are all that there is to keep of samplers and random numbers.
     """
-    model, optimisation = get_state_dict(module, optimizer, options=_whole())
+    model, optimisation = get_state_dict(module, optimizer, options=FULL)
     if not is_main:
         return
     state = {
+        "format": FORMAT,
         "model": model,
         "optimizer": optimisation,
         "scaler": scaler.state_dict() if scaler is not None else {},
         "step": step,
-        "seed": settings.seed,
+        "seed": settings.run.seed,
         "settings": settings.plain(),
     }
-    with atomically(folder / NAME) as part, part.open("wb") as file:
+    with atomically(folder / NAME) as path, path.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # or the name could outlive a power cut and the content not
@@ -65,26 +69,27 @@ def discard(folder: Path, resume: bool) -> None:
         (folder / NAME).unlink(missing_ok=True)
 
 
-def saved(folder: Path, settings: Settings) -> dict[str, Any] | None:
+def load(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """The checkpoint of this run, if there is one.
 
     Raises:
-        SERError: it cannot be read, or belongs to a run of other settings.
+        SERError: it cannot be read, has another format, or belongs to a run of other settings.
     """
     path = folder / NAME
     if not path.exists():
         return None
+    call = f"resume from {str(path)!r}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises errors of many kinds for a damaged file
         anew = f"--resume never --output-dir {folder}"
-        raise SERError(f"torch.load({str(path)!r})", str(error).split("\n")[0], "a whole checkpoint", anew) from error
-    if different := settings.same_run(state["settings"]):
-        values = ", ".join(
-            f"{name}={state['settings'].get(name)} there and {settings.plain().get(name)} here" for name in different
-        )
-        elsewhere = f"--output-dir {folder}_2  # --resume never would write over this run"
-        raise SERError(f"resume from {str(path)!r}", values, "the same settings as in its run", elsewhere)
+        raise SERError(call, str(error).split("\n")[0], "a whole checkpoint", anew) from error
+    require_format(call, path, state)
+    different = settings.same_run(state["settings"])
+    mine, saved = settings.flat(), flatten(state["settings"])
+    values = ", ".join(f"{name}={saved.get(name)} there and {mine.get(name)} here" for name in different)
+    elsewhere = f"--output-dir {folder}_2  # --resume never would write over this run"
+    require(not different, call, values, "the same settings as in its run", elsewhere)
     return state
 
 
@@ -92,7 +97,7 @@ def restore(
     state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> int:
     """Put a checkpoint back; returns the number of steps that are done."""
-    set_model_state_dict(module, state["model"], options=_whole())
+    set_model_state_dict(module, state["model"], options=FULL)
     # What has not learned yet (DINO's last layer, in the first epoch) has no state to put back. Torch wants one, and
     # does not get it for keeps.
     known = state["optimizer"]["state"]
@@ -101,13 +106,9 @@ def restore(
     missing = {name: p for name, p in trained.items() if name not in known}
     for name, parameter in missing.items():
         known[name] = {key: torch.zeros(parameter.shape if value.ndim else ()) for key, value in like.items()}
-    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_whole())
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=FULL)
     for parameter in missing.values():
         optimizer.state.pop(parameter, None)
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return int(state["step"])
-
-
-def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from accelerate import Accelerator
-from probes import knn_accuracy
+from data import Source
+from data.labelled import NO_LABEL, LabelledDataset, collate_labelled
+from data.recipe import evaluation_transform, normalise
+from evaluation.accuracy import knn_accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-
-from .dataset import LabelledDataset
-from .policies import evaluation, normalise
-from .sources import Source
 
 __all__ = ["Collapse", "embeddings", "knn"]
 
@@ -21,26 +22,28 @@ def embeddings(
 ) -> tuple[Tensor, Tensor]:
     """(N, D) embeddings and (N,) labels of all images of a source, computed by all processes, on the CPU of each.
 
-    Images that cannot be read are left out.
+    Images that cannot be read are left out, with a warning that names them.
     """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    data = LabelledDataset(source, evaluation(size))
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    data = LabelledDataset(source, evaluation_transform(size))
     # All processes have equally many rows, as a gather and the forwards of a sharded encoder want; those that came
     # round to the first images again count for nothing.
-    places = range(rank, -(-len(data) // ranks) * ranks, ranks)
-    loader = DataLoader(Subset(data, [i % len(data) for i in places]), batch_size=256, num_workers=workers)
+    rows = range(rank, -(-len(data) // world_size) * world_size, world_size)
+    subset = Subset(data, [i % len(data) for i in rows])
     training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for images, those in loader:
+    for batch in DataLoader(subset, batch_size=256, num_workers=workers, collate_fn=collate_labelled):
+        for name, why in batch.unreadable:
+            warnings.warn(f"unreadable, left out: {name} ({why})", stacklevel=2)
         with accelerator.autocast():
-            features.append(encoder(normalise(images.to(accelerator.device))).float())
-        labels.append(those.to(accelerator.device))
+            features.append(encoder(normalise(batch.images.to(accelerator.device))).float())
+        labels.append(batch.labels.to(accelerator.device))
     encoder.train(training)
-    marks = torch.cat(labels)
-    marks[torch.tensor(places, device=marks.device) >= len(data)] = -1
-    found, marks = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(marks).cpu()
-    return found[marks >= 0], marks[marks >= 0]
+    own = torch.cat(labels)
+    own[torch.tensor(rows, device=own.device) >= len(data)] = NO_LABEL
+    found, known = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(own).cpu()
+    return found[known != NO_LABEL], known[known != NO_LABEL]
 
 
 def knn(
@@ -48,8 +51,8 @@ def knn(
 ) -> float:
     """20-NN accuracy on the held-out images, a part of 1."""
     bank = embeddings(encoder, train, size, accelerator, workers)
-    asked = embeddings(encoder, held_out, size, accelerator, workers)
-    return knn_accuracy(*bank, *asked, device=accelerator.device)
+    queries = embeddings(encoder, held_out, size, accelerator, workers)
+    return knn_accuracy(*bank, *queries, device=accelerator.device)
 
 
 class Collapse:
@@ -67,7 +70,7 @@ class Collapse:
         self.warned = False
 
     def warning(self, spreads: list[float]) -> str | None:
-        """What to tell after these steps, if anything.
+        """What to print after these steps, if anything.
 
         Args:
             spreads: `embedding_std` of each step.
@@ -80,5 +83,5 @@ class Collapse:
         return (
             f"The embeddings of all images are nearly the same: spread {spreads[-1]:.4f} of 1 for {self.low} steps. "
             "The features have collapsed, and a low loss means nothing. Usual remedies: a lower --learning-rate, a "
-            "larger --batch-size, longer --warmup-epochs, a lower --ser-lambda."
+            "larger --batch-size, longer --warmup-epochs, a lower --term.weight."
         )

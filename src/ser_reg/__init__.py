@@ -1,31 +1,27 @@
 """Soft equivariance for the vision transformer that you already have."""
 
-from .actions import act
-from .check import CheckReport, check
-from .encoders import export_timm, load_encoder
+from .backbones import TokenTap, late_cls, patch_tokens
+from .check import check
 from .errors import SERError
-from .groups import GroupElement
-from .losses import patch_ntxent
+from .export import export_timm, load_encoder
+from .geometry import GroupElement, act
+from .images import IMAGENET
+from .losses import PatchNTXent, patch_ntxent
 from .metrics import equivariance_score
-from .photographs import IMAGE_ENDINGS, embedded_photographs, read_image
-from .regularizer import SERLoss, SEROutput
-from .views import EquivariantViews, ViewPair, partition_size
-from .vit import TokenTap, cls_layer, late_cls, patch_tokens
+from .objectives import SERLoss
+from .views import EquivariantViews, View, partition_size, relation
 
 __all__ = [
-    "IMAGE_ENDINGS",
-    "CheckReport",
+    "IMAGENET",
     "EquivariantViews",
     "GroupElement",
+    "PatchNTXent",
     "SERError",
     "SERLoss",
-    "SEROutput",
     "TokenTap",
-    "ViewPair",
+    "View",
     "act",
     "check",
-    "cls_layer",
-    "embedded_photographs",
     "equivariance_score",
     "export_timm",
     "late_cls",
@@ -33,5 +29,5 @@ __all__ = [
     "partition_size",
     "patch_ntxent",
     "patch_tokens",
-    "read_image",
+    "relation",
 ]

@@ -1,45 +1,55 @@
-"""Tokens of all processes: ranks agree on what they share, then gather uneven shards, differentiably."""
+"""Tensors of all ranks: counts and errors are exchanged first, then uneven shards are gathered, differentiably."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import SERError
+from .errors import SERError, require
 
-__all__ = ["agree", "gather", "place", "share"]
+__all__ = [
+    "all_gather",
+    "all_gather_counts",
+    "broadcast",
+    "mark_as_raised_on_all_ranks",
+    "raise_on_all_ranks",
+    "rank_and_world_size",
+]
+
+HEADER = 16  # numbers that a rank sends before it gathers: whether it can take part, counts, what all must have alike
+_RAISED = "raised_on_all_ranks"  # attribute of an error that every rank has raised already
 
 
-def place(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
-    """(rank, world size) of this process in `group`, by default among all processes.
+def rank_and_world_size(group: "dist.ProcessGroup | None" = None) -> tuple[int, int]:
+    """Rank of this process and number of processes in `group`, by default among all processes.
 
     Raises:
         SERError: this process is not in `group`.
 
     Example:
-        >>> place()  # nothing is distributed here
+        >>> rank_and_world_size()  # nothing is distributed here
         (0, 1)
     """
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     rank = dist.get_rank(group)
-    if rank < 0:
-        raise SERError(
-            "patch_ntxent(z1, z2, group=group)",
-            f"a group without this process (rank {dist.get_rank()} of {dist.get_world_size()})",
-            "a group that this process belongs to",
-            "group=None  # all processes",
-        )
+    require(
+        rank >= 0,
+        "patch_ntxent(z1, z2, group=group)",
+        f"a group without this process (rank {dist.get_rank()} of {dist.get_world_size()})",
+        "a group that this process belongs to",
+        "group=None  # all processes",
+    )
     return rank, dist.get_world_size(group)
 
 
-def agree(
+def all_gather_counts(
     call: str,
     error: SERError | None,
     counts: tuple[int, ...],
-    shared: dict[str, tuple[float, str]],
+    alike: dict[str, tuple[float, str]],
     device: torch.device,
     group: "dist.ProcessGroup | None" = None,
 ) -> list[tuple[int, ...]]:
@@ -54,7 +64,7 @@ def agree(
         call: what the user called, for the message.
         error: why this rank cannot take part, if it cannot.
         counts: whole numbers in which ranks may differ; equally many on each.
-        shared: name -> (value, what to type when the ranks' values differ); the same names on each.
+        alike: name -> (value, what to type when the ranks' values differ); the same names on each.
         device: of the tensors that will be gathered.
         group: the processes that take part, by default all.
 
@@ -62,46 +72,67 @@ def agree(
         SERError: on every rank, with the first error that a rank reports, or with the first name on whose value
             they differ.
     """
-    device = _meeting_place(device, group)
-    header = [float(error is None), *counts, *(value for value, _ in shared.values())]
-    mine = torch.tensor(header, dtype=torch.float64, device=device)
-    everyone = mine.new_empty(dist.get_world_size(group) * len(header))
-    dist.all_gather_into_tensor(everyone, mine, group)
-    headers: list[list[float]] = everyone.view(-1, len(header)).tolist()
+    header = [float(error is None), *counts, *(value for value, _ in alike.values())]
+    device = _exchange_device(device, group)
+    mine = torch.tensor(header + [0.0] * (HEADER - len(header)), dtype=torch.float64, device=device)
+    gathered = mine.new_empty(dist.get_world_size(group) * HEADER)
+    dist.all_gather_into_tensor(gathered, mine, group)
+    headers: list[list[float]] = gathered.view(-1, HEADER).tolist()
 
-    if not all(valid for valid, *_ in headers):
+    if not all(fine for fine, *_ in headers):
         errors: list[SERError | None] = [None] * len(headers)
         dist.all_gather_object(errors, error, group)
         rank, cause = next((rank, e) for rank, e in enumerate(errors) if e)
-        raise SERError(f"{cause.call}, on rank {rank}", cause.given, cause.expected, cause.remedy)
-    for (name, (_, remedy)), *values in zip(shared.items(), *(h[1 + len(counts) :] for h in headers), strict=True):
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                given = f"{name} {values[0]:g} on rank 0, {value:g} on rank {rank}"
-                raise SERError(call, given, "the same on every rank", remedy)
-    return [tuple(int(count) for count in h[1 : 1 + len(counts)]) for h in headers]
+        raise mark_as_raised_on_all_ranks(
+            SERError(f"{cause.call}, on rank {rank}", cause.given, cause.expected, cause.remedy)
+        )
+    for i, (name, (_, remedy)) in enumerate(alike.items(), start=1 + len(counts)):
+        for rank, row in enumerate(headers):
+            if row[i] != headers[0][i]:
+                given = f"{name} {headers[0][i]:g} on rank 0, {row[i]:g} on rank {rank}"
+                raise mark_as_raised_on_all_ranks(SERError(call, given, "the same on every rank", remedy))
+    return [tuple(int(count) for count in row[1 : 1 + len(counts)]) for row in headers]
 
 
-def _meeting_place(device: torch.device, group: "dist.ProcessGroup | None") -> torch.device:
+def raise_on_all_ranks(error: SERError, device: torch.device, group: "dist.ProcessGroup | None" = None) -> NoReturn:
+    """Raise the error here, and on the ranks that wait for this one in `all_gather_counts`.
+
+    Args:
+        error: why this rank gives up ahead of the exchange in which the others are.
+        device: of the tensors that would have been gathered.
+        group: the processes that wait.
+    """
+    if rank_and_world_size(group)[1] > 1 and not getattr(error, _RAISED, False):
+        all_gather_counts(error.call, error, (), {}, device, group)
+    raise error
+
+
+def mark_as_raised_on_all_ranks(error: SERError) -> SERError:
+    """The same error, of which `raise_on_all_ranks` then knows that every rank finds it by itself."""
+    setattr(error, _RAISED, True)
+    return error
+
+
+def _exchange_device(device: torch.device, group: "dist.ProcessGroup | None") -> torch.device:
     """Where a few numbers are exchanged: on the host if the processes can."""
     return torch.device("cpu") if "cpu" in dist.distributed_c10d.get_backend_config(group) else device
 
 
-def share(values: Tensor, device: torch.device) -> Tensor:
+def broadcast(values: Tensor, device: torch.device) -> Tensor:
     """The first rank's values on all ranks, on the CPU; nothing happens where one process is alone.
 
     Args:
         values: the same shape and dtype on each rank.
         device: of the tensors at hand, which the processes can exchange.
     """
-    if place()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return values
-    shared = values.to(_meeting_place(device, None))
-    dist.broadcast(shared, 0)
-    return shared.cpu()
+    first = values.to(_exchange_device(device, None))
+    dist.broadcast(first, 0)
+    return first.cpu()
 
 
-def gather(x: Tensor, lengths: list[int], group: "dist.ProcessGroup | None" = None) -> tuple[Tensor, ...]:
+def all_gather(x: Tensor, lengths: list[int], group: "dist.ProcessGroup | None" = None) -> tuple[Tensor, ...]:
     """The shards of all ranks, in rank order, differentiable.
 
     Args:
@@ -113,11 +144,11 @@ def gather(x: Tensor, lengths: list[int], group: "dist.ProcessGroup | None" = No
         An (n, D) tensor per rank. Backward is the transpose of the gather: each rank receives the **sum**, over
         ranks, of the gradients for its shard. That is a collective too: every rank has to go backward, or none.
     """
-    shards: tuple[Tensor, ...] = _Gather.apply(x, lengths, group)
+    shards: tuple[Tensor, ...] = _AllGather.apply(x, lengths, group)
     return shards
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     # Padded to the longest shard: gloo takes even ones only, and NCCL turns uneven ones into broadcasts.
 
     @staticmethod
@@ -125,9 +156,9 @@ class _Gather(torch.autograd.Function):
         ctx.lengths, ctx.group = lengths, group
         padded = x.new_zeros(max(lengths), x.shape[1])
         padded[: len(x)] = x
-        everyone = x.new_empty(len(lengths), *padded.shape)
-        dist.all_gather_into_tensor(everyone.flatten(0, 1), padded, group)
-        return tuple(shard[:n] for shard, n in zip(everyone, lengths, strict=True))
+        gathered = x.new_empty(len(lengths), *padded.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group)
+        return tuple(shard[:n] for shard, n in zip(gathered, lengths, strict=True))
 
     @staticmethod
     @once_differentiable

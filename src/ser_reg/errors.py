@@ -1,6 +1,8 @@
-"""The one exception of the library."""
+"""The one exception of the library, and how it is worded."""
 
-__all__ = ["SERError"]
+from collections.abc import Callable
+
+__all__ = ["SERError", "require"]
 
 
 class SERError(ValueError):
@@ -27,3 +29,35 @@ class SERError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.call}\n  given:    {self.given}\n  expected: {self.expected}\n  remedy:   {self.remedy}"
+
+
+def require(
+    condition: object,
+    call: str,
+    given: str | Callable[[], str],
+    expected: str,
+    remedy: str | Callable[[], str],
+) -> None:
+    """Raise a SERError of these words unless the condition holds.
+
+    Words that take time to find, or that there are only if something is wrong, come as functions without arguments.
+
+    Raises:
+        SERError: the condition is false.
+
+    Example:
+        >>> require(0 <= 1.5 <= 1, "partition_size(256, 1.5)", "ratio=1.5", "0 to 1", "partition_size(256, 0.01)")
+        Traceback (most recent call last):
+        ...
+        ser_reg.errors.SERError: partition_size(256, 1.5)
+          given:    ratio=1.5
+          expected: 0 to 1
+          remedy:   partition_size(256, 0.01)
+    """
+    if not condition:
+        raise SERError(
+            call,
+            given if isinstance(given, str) else given(),
+            expected,
+            remedy if isinstance(remedy, str) else remedy(),
+        )

@@ -1,0 +1,118 @@
+"""The added term: its settings, made from the signatures of `ser_reg.objectives`, and its heads."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from typing import Annotated, Any, ClassVar, Literal, Union, get_type_hints
+
+import docstring_parser
+import tyro
+
+from ser_reg.errors import require
+from ser_reg.objectives import OBJECTIVES, Objective
+
+__all__ = ["DEFAULT_TERM", "TERMS", "NoTerm", "TermSettings", "build_heads", "term_words"]
+
+DEFAULT_TERM = "ser"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermSettings:
+    """The added term, and how it stands beside the base method. A subclass has the term's own settings as well."""
+
+    name: ClassVar[str]
+
+    weight: float = 0.5
+    """λ (Table 8). 0: the control (Table 5), b2 kept. The released scripts set 1.0 (DINO 0.3)."""
+    ratio: float = 0.01
+    """r: part of the batch that is seen whole, by the views that the term compares (Table 8)."""
+    layer: int = 3
+    """Blocks ahead of the tokens that it compares (Figure 3, Table 4)."""
+    all_layers: bool = False
+    """The term at every layer instead, each with a head of its own (Table 10)."""
+    target: Literal["online", "momentum"] = "online"
+    """The other view's tokens come from the trained encoder, as in the equations, or from the momentum encoder, as in
+    the released code for MoCo-v3 and DINO."""
+
+    def check(self, script: str) -> None:
+        """Raise a SERError for weights and ratios that are none. Its own settings the term checks when it is built."""
+        typed = f"python examples/{script} {self.name}"
+        require(self.weight >= 0, script, f"weight={self.weight}", "no negative weight", f"{typed} --term.weight 0.5")
+        require(
+            0 < self.ratio <= 1,
+            script,
+            f"ratio={self.ratio}",
+            "a part of the batch, 0 to 1",
+            f"{typed} --term.ratio 0.01  # or, for the plain base method: python examples/{script} none",
+        )
+
+
+@dataclass(frozen=True)
+class NoTerm:
+    """The plain base method: nothing is added, and no image is seen whole."""
+
+    name: ClassVar[str] = "none"
+    weight: ClassVar[float] = 0.0
+    ratio: ClassVar[float] = 0.0
+    layer: ClassVar[int] = 0
+    all_layers: ClassVar[bool] = False
+    target: ClassVar[str] = "online"
+
+    def check(self, script: str) -> None:
+        """Nothing can be wrong."""
+
+
+def _settings_of(name: str, objective: type[Objective]) -> type[TermSettings]:
+    """A dataclass with what the constructor takes besides the width of the maps and the maker of the views."""
+    described = docstring_parser.parse(objective.__doc__ or "")
+    meanings = {parameter.arg_name: parameter.description for parameter in described.params}
+    kinds = get_type_hints(objective.__init__)
+    own = [
+        (
+            parameter.name,
+            Annotated[kinds.get(parameter.name, str), tyro.conf.arg(help=meanings.get(parameter.name))],
+            tyro.MISSING if parameter.default is parameter.empty else parameter.default,
+        )
+        for parameter in list(inspect.signature(objective).parameters.values())
+        if parameter.name not in ("dim", "maker")
+    ]
+    space = {"__doc__": described.short_description or objective.__name__, "name": name, "__module__": __name__}
+    made = make_dataclass(
+        f"{objective.__name__}Settings", own, bases=(TermSettings,), namespace=space, frozen=True, kw_only=True
+    )
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
+
+
+TERMS: dict[str, type[TermSettings] | type[NoTerm]] = {
+    name: _settings_of(name, objective) for name, objective in OBJECTIVES.items()
+} | {NoTerm.name: NoTerm}
+
+
+def term_words(chosen: TermSettings | NoTerm) -> Any:
+    """The type that tyro shows as one word for each term.
+
+    Args:
+        chosen: the preset's; others have its weight, ratio, layer and target, and what their constructors have.
+    """
+    common = {f.name: getattr(chosen, f.name) for f in fields(TermSettings)} if chosen.name != NoTerm.name else {}
+    words = []
+    for name, kind in TERMS.items():
+        default = chosen if name == chosen.name else kind() if kind is NoTerm else kind(**common)
+        word = tyro.conf.subcommand(name, default=default, prefix_name=False, description=kind.__doc__)
+        words.append(Annotated[kind, word])
+    return Union[tuple(words)]  # noqa: UP007  (of as many as there are)
+
+
+def build_heads(settings: TermSettings, dim: int, layers: tuple[int, ...]) -> dict[int, Objective]:
+    """One of the term for each layer.
+
+    Args:
+        settings: which term, and its own settings.
+        dim: D of the maps.
+        layers: blocks that run before them.
+    """
+    common = {f.name for f in fields(TermSettings)}
+    own = {name: value for name, value in asdict(settings).items() if name not in common}
+    return {layer: OBJECTIVES[settings.name](dim, **own) for layer in layers}

@@ -1,0 +1,163 @@
+"""What a term is: features of several views, and how the views were made, give a loss to add.
+
+A new term is a file beside this one with a subclass of `Objective`, and a line in `OBJECTIVES`. It sets `wants` and
+`encoded`, takes ``Term(dim, own settings, *, maker=None)`` and writes `compare`; everything that terms share is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import all_gather_counts, raise_on_all_ranks
+from ..errors import SERError, require
+from ..views.view import View
+
+__all__ = ["Objective", "Output"]
+
+
+class Output(NamedTuple):
+    """The loss, and what shows that it works."""
+
+    loss: Tensor
+    """Scalar, with gradient. Its weight λ belongs to your loop: ``loss = ssl_loss + 0.5 * term(z, views).loss``."""
+    logs: dict[str, Tensor]
+    """Detached scalars by name, on the device of the features, so that logging costs no wait until they are read; NaN
+    where this rank cannot know."""
+
+
+class Objective(nn.Module):
+    """A term beside an SSL loss. Parameters of its own are trained: give them to the optimiser, and in a distributed
+    run wrap it like the model (or put both into one module).
+
+    Args:
+        dim: D, channels of the features.
+        maker: what made the views, for terms whose heads depend on what it draws.
+
+    Raises:
+        SERError: `dim` is no positive whole number.
+    """
+
+    wants: str = ""
+    """The line to type that makes its views; quoted in its errors."""
+    encoded: int = 2
+    """How many of the views are encoded; those after them are targets."""
+    gathers: bool = True
+    """Whether `compare` gathers over ranks, beginning with `all_gather_counts`, as the losses of this library do."""
+    keys_width: int = 0
+    """Numbers of each token that other ranks receive."""
+
+    def __init__(self, dim: int, *, maker: object = None) -> None:
+        super().__init__()
+        check_size(f"{type(self).__name__}(dim)", "dim", dim, f"{type(self).__name__}(vit.embed_dim)")
+        self.dim = dim
+        self.maker = maker
+
+    def compare(self, features: list[Tensor], views: list[View], group: dist.ProcessGroup | None) -> Output:
+        """What a term writes: its loss and logs.
+
+        It may raise a SERError ahead of the first word between ranks, as all raise it then.
+
+        Args:
+            features: one map (B, D, h, w) for each encoded view, checked, in float32 (float64 if the parameters are),
+                outside autocast. B may be 0 on some ranks.
+            views: at least as many as are encoded.
+            group: the processes whose images are one batch.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, features: Sequence[Tensor], views: Sequence[View], group: dist.ProcessGroup | None = None
+    ) -> Output:
+        """The term for a batch of images, of which there are several views.
+
+        Args:
+            features: one map (B, D, h, w) for each of the views that are encoded, in their order.
+            views: as a maker gave them, in a tuple or a list.
+            group: the processes whose images are one batch; by default all there are.
+
+        Raises:
+            SERError: features or views that do not fit the term or each other, features without gradient in training,
+                or, on a CPU, such that are not finite. In a distributed run it is raised on every rank.
+        """
+        call = f"{type(self).__name__}(...)(features, views)"
+        device = next((z.device for z in features if isinstance(z, Tensor)), torch.device("cpu"))
+        # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
+        with torch.autocast(device.type, enabled=False):
+            try:
+                output = self.compare(self._checked(call, features, views), list(views), group)
+            except SERError as error:
+                raise_on_all_ranks(error, device, group)
+            if not self.gathers and dist.is_available() and dist.is_initialized():
+                all_gather_counts(call, None, (), {}, device, group)  # or a rank that raised would wait for ever
+            return output
+
+    def _checked(self, call: str, features: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
+        """The features, in the precision of the island."""
+        given = f"{len(features)} features, {len(views)} views"
+        fit = len(features) == self.encoded <= len(views)
+        require(fit, call, given, f"{self.encoded} features, and the views they are of", self.wants)
+        for i, view in enumerate(views, start=1):
+            require(isinstance(view, View), call, f"view {i} is a {type(view).__name__}", "views", self.wants)
+        for i, (z, view) in enumerate(zip(features, views, strict=False), start=1):
+            self._check_map(call, f"features of view {i}", z, view)
+        z1 = features[0]
+        counts = " and ".join(str(len(z)) for z in features)
+        require(len({len(z) for z in features}) == 1, call, f"{counts} images", "views of the same images", self.wants)
+        require(
+            not (self.training and torch.is_grad_enabled()) or any(z.requires_grad for z in features),
+            call,
+            "features without gradient, in training",
+            "features of the encoder, not detached: else the term trains its own heads alone",
+            "term.eval()  # or, to train, patch_tokens(vit, view.images, layer=3) outside torch.no_grad()",
+        )
+        weight = next(self.parameters(), z1)
+        require(
+            all(z.device == weight.device for z in features),
+            call,
+            lambda: ", ".join(f"features on {z.device}" for z in features) + f", the term on {weight.device}",
+            "one device",
+            f"term.to({str(z1.device)!r})",
+        )
+        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        cast = [z.to(dtype) for z in features]
+        if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
+            bad = [str(i) for i, z in enumerate(cast, start=1) if not z.detach().isfinite().all()]
+            given = f"NaN or infinity in the features of view {' and '.join(bad)}"
+            require(not bad, call, given, "finite features", "torch.autograd.set_detect_anomaly(True)")
+        return cast
+
+    def _check_map(self, call: str, name: str, z: Tensor, view: View) -> None:
+        require(
+            isinstance(z, Tensor) and z.ndim == 4,
+            call,
+            lambda: f"{name} {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}",
+            f"token maps (B, {self.dim}, h, w)",
+            "z = [patch_tokens(vit, view.images, layer=3) for view in views]",
+        )
+        last = z.shape[-1] == self.dim
+        require(
+            z.shape[1] == self.dim,
+            call,
+            f"{name} {tuple(z.shape)}",
+            f"token maps (B, {self.dim}, h, w)",
+            "z.permute(0, 3, 1, 2)  # channels first" if last else f"{type(self).__name__}({z.shape[1]})",
+        )
+        require(z.is_floating_point(), call, f"{name} of {z.dtype}", "floating point features", "z.float()")
+        require(
+            len(view.relation) in (len(z), 1),
+            call,
+            f"{name} of {len(z)} images, of which the view has {len(view.relation)}",
+            "features and views of the same images",
+            self.wants,
+        )
+
+
+def check_size(call: str, name: str, value: object, remedy: str) -> None:
+    """Raise unless a width is a positive whole number."""
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(fine, call, f"{name}={value!r}", "a positive whole number", remedy)

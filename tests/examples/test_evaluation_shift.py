@@ -1,0 +1,50 @@
+"""Images of the same classes from elsewhere: which folders are taken, and among which classes is chosen."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoder_to_judge import picture
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
+    pytest.importorskip(package)
+
+from evaluation.shift import ClassFolders, shifted_accuracies  # noqa: E402
+
+from ser_reg import SERError  # noqa: E402
+
+
+def test_choice_is_among_the_classes_that_occur():
+    layer = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.eye_(layer.weight)
+    x, labels = torch.tensor([[2.0, 9, 1], [1, 9, 2], [3, 9, 1]]), torch.tensor([0, 2, 2])
+    found = shifted_accuracies(layer, x, labels)
+    assert (found["classes"], found["images"]) == (2, 3)
+    assert found["top1"] == pytest.approx(2 / 3)
+    assert found["top1_among_all"] == 0
+    assert found["top5_among_all"] == 1
+
+
+def test_class_folders(tmp_path):
+    classes = ["n01", "n02", "n03"]
+    with pytest.raises(SERError, match="no such folder"):
+        ClassFolders(tmp_path / "nowhere", classes)
+    for name in ("n03", "n01"):
+        picture(tmp_path / "named" / name / "1.png", (1, 2, 3), np.random.default_rng(0))
+        picture(tmp_path / "numbered" / str(int(name[1:]) - 1) / "1.png", (1, 2, 3), np.random.default_rng(0))
+    for kind in ("named", "numbered"):
+        source = ClassFolders(tmp_path / kind, classes)
+        assert [source.label(i) for i in range(len(source))] == [0, 2]
+    (tmp_path / "named" / "n02").mkdir()
+    with pytest.raises(SERError, match="n02") as error:
+        ClassFolders(tmp_path / "named", classes)
+    assert error.value.remedy == f"find '{tmp_path / 'named'}' -type d -empty"
+    (tmp_path / "named" / "n02").rename(tmp_path / "named" / "zebra")
+    with pytest.raises(SERError, match="1 of 3 sub-folders that are no class of the classifier: zebra"):
+        ClassFolders(tmp_path / "named", classes)
+    with pytest.raises(SERError, match="no sub-folder"):
+        ClassFolders(tmp_path / "named" / "zebra", classes)

@@ -1,0 +1,62 @@
+"""What all terms share, held by a term that gathers nothing and one that does."""
+
+import pytest
+import torch
+from processes import Here
+
+from ser_reg import GroupElement, SERError, View
+from ser_reg.objectives import OBJECTIVES, Objective, Output
+
+
+class Distance(Objective):
+    """A term without a word between ranks."""
+
+    wants = "views = EquivariantViews(patch_size=4)(images)"
+    gathers = False
+
+    def compare(self, features, views, group):
+        assert features[0].dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        if not len(features[0]):
+            raise SERError("Distance", "no image", "one at least", "images")
+        return Output((features[0] - features[1]).square().mean(), {})
+
+
+def views(n):
+    return [View(torch.empty(n, 0), GroupElement.identity(n), {}) for _ in range(2)]
+
+
+def test_a_term_writes_compare_alone():
+    z = torch.randn(2, 3, 8, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = Distance(8)(list(z), views(3))
+    assert out.loss.requires_grad
+    assert out.loss.item() == pytest.approx((z[0] - z[1]).float().square().mean().item(), rel=1e-2)
+    with pytest.raises(NotImplementedError):
+        Objective(8).eval()(list(z.detach()), views(3))
+
+
+def test_terms_are_registered_by_name_and_say_what_they_want():
+    assert OBJECTIVES
+    for name, term in OBJECTIVES.items():
+        assert issubclass(term, Objective)
+        assert name == name.lower()
+        assert "=" in term.wants
+        assert term(8).encoded >= 1
+        assert term(8, maker=None).dim == 8
+        with pytest.raises(SERError, match="dim=0"):
+            term(0)
+
+
+def on_a_rank(here: Here, images: int) -> float:
+    n = images if here.rank == 1 else 2
+    z = torch.ones(2, n, 8, 4, 4, requires_grad=True)
+    return Distance(8)(list(z), views(n), here.group).loss.item()
+
+
+def test_what_is_wrong_on_one_rank_is_raised_on_all_even_if_the_term_gathers_nothing(run):
+    assert run(2, on_a_rank, 3) == [0.0, 0.0]
+    for answer in run(2, on_a_rank, 0):
+        assert isinstance(answer, SERError), answer
+        assert "on rank 1" in answer.call
+        assert answer.given == "no image"

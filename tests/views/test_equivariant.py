@@ -1,0 +1,198 @@
+"""The policy T_eq: what is shared within a view, what is drawn for each sample, and that it all fits together."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ser_reg import IMAGENET, EquivariantViews, GroupElement, SERError, act, relation
+
+PATCH = 4
+
+
+def patch_means(images):
+    """A network that is truly equivariant: the mean of each patch."""
+    return F.avg_pool2d(images, PATCH)
+
+
+def smooth(n, side):
+    """Images of a few random waves, the same ones at every resolution."""
+    draw = torch.Generator().manual_seed(0)
+    frequency, phase, amplitude = (torch.randn(n, 4, 3, dtype=torch.float64, generator=draw) for _ in range(3))
+    axis = (torch.arange(side).double() + 0.5) / side
+    angle = 3 * (frequency[..., 0, None, None] * axis[:, None] + frequency[..., 1, None, None] * axis)
+    waves = torch.sin(angle + phase[..., :1, None]) * amplitude[..., :1, None]
+    return waves.sum(1, keepdim=True)
+
+
+def test_equivariant_network_has_no_error_for_any_dihedral_relation():
+    make_views = EquivariantViews(PATCH, scale=(1, 1), ratio=(1, 1))
+    seen = torch.zeros(8, dtype=torch.long)
+    for seed in range(600):  # calls, since the samples of a call share the parity of their turns
+        images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        view1, view2 = make_views(images, torch.Generator().manual_seed(seed))
+        g = relation(view1, view2)
+        moved, target = act(g, patch_means(view1.images)), patch_means(view2.images)
+        torch.testing.assert_close(moved, target, rtol=0, atol=1e-14)
+        seen += torch.bincount(g.turns + 4 * g.flip, minlength=8)
+    assert seen.min() > 0.8 * seen.sum() / 8, f"relations are not equally frequent: {seen.tolist()}"
+    assert seen.max() < 1.2 * seen.sum() / 8
+
+
+def test_equivariant_network_error_under_scaling_falls_with_resolution():
+    def error(side):
+        make_views = EquivariantViews(PATCH)
+        mean = 0.0
+        for seed in range(10):
+            view1, view2 = make_views(smooth(4, side), torch.Generator().manual_seed(seed))
+            moved, target = act(relation(view1, view2), patch_means(view1.images)), patch_means(view2.images)
+            mean += (moved - target)[..., 2:-2, 2:-2].abs().mean().item() / target.std().item() / 10
+        return mean
+
+    errors = [error(side) for side in (32, 64, 128)]
+    assert errors[0] < 0.05
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 0.7 * errors[1]
+
+
+def test_a_wrong_relation_shows():
+    make_views = EquivariantViews(PATCH, scale=(1, 1), ratio=(1, 1))
+    view1, view2 = make_views(torch.randn(64, 3, 24, 24))
+    g = relation(view1, view2)
+    turned = [i for i in range(64) if g.turns[i] % 2 == 1 and not g.flip[i]]
+    errors = [(act((~g)[i], patch_means(view1[i].images)) - patch_means(view2[i].images)).abs().max() for i in turned]
+    assert all(e > 0.01 for e in errors)
+
+
+def test_shared_within_a_view_and_independent_between_views():
+    make_views = EquivariantViews(PATCH)
+    flips, halves, grids, parities = [], [], [], []
+    for seed in range(200):
+        views = make_views(torch.zeros(8, 1, 24, 24), torch.Generator().manual_seed(seed))
+        for x, g, _ in views:
+            assert len(set((g.turns % 2).tolist())) == 1
+            assert torch.equal(g.scale, g.scale[:1].expand(8, 2))
+            assert g.output_size((24, 24)) == tuple(x.shape[-2:])
+            assert all(side % PATCH == 0 for side in x.shape[-2:])
+        flips.append(torch.stack([view.relation.flip for view in views]))
+        halves.append(torch.stack([view.relation.turns // 2 for view in views]))
+        grids.append(torch.stack([view.relation.scale[0] for view in views]))
+        parities.append(torch.stack([view.relation.turns[0] % 2 for view in views]))
+    for draws in (torch.cat(flips, 1), torch.cat(halves, 1), torch.stack(parities, 1)):
+        table = torch.bincount((2 * draws[0] + draws[1]).long(), minlength=4) / draws.shape[1]
+        assert (table - 0.25).abs().max() < 0.08, f"not independent and uniform: {table}"
+    grids = torch.stack(grids, 1)[..., 0]
+    assert abs(torch.corrcoef(grids)[0, 1]) < 0.15
+    assert all(torch.stack(flips).float().mean(0).ne(0).all(1))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (20, 32), (23, 29), (30, 17)])
+def test_any_size_lands_on_the_patch_grid(size):
+    make_views = EquivariantViews(PATCH)
+    for seed in range(10):
+        view1, view2 = make_views(torch.rand(3, 3, *size), torch.Generator().manual_seed(seed))
+        assert all(side % PATCH == 0 for view in (view1, view2) for side in view.images.shape[-2:])
+        moved = act(relation(view1, view2), patch_means(view1.images))
+        assert moved.shape == patch_means(view2.images).shape
+
+
+def test_switches():
+    images = torch.rand(32, 3, 24, 24)
+    view1, view2 = EquivariantViews(PATCH, rotations=False, flips=False)(images)
+    assert not view1.relation.turns.any()
+    assert not view2.relation.flip.any()
+    view1, view2 = EquivariantViews(PATCH, scale=(1, 1), ratio=(1, 1), rotations=False, flips=False)(images)
+    assert torch.equal(view1.images, images)
+    assert relation(view1, view2) == GroupElement.identity(32)
+    assert repr(EquivariantViews()).startswith("EquivariantViews(patch_size=16, scale=(0.7, 1.3)")
+
+
+def test_generator_owns_the_randomness_even_of_the_photometric_part():
+    def jitter(images):
+        return images * torch.rand(len(images), 1, 1, 1)
+
+    make_views = EquivariantViews(PATCH, photometric=jitter)
+    images = torch.rand(4, 3, 24, 24)
+    before = torch.get_rng_state()
+    first, second = (make_views(images, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images, other.images)
+    torch.manual_seed(7)
+    third = make_views(images)
+    torch.manual_seed(7)
+    assert torch.equal(make_views(images)[0].images, third[0].images)
+
+
+def test_photometric_part_is_independent_per_view_and_before_the_geometry():
+    seen = []
+
+    def record(images):
+        seen.append(images.clone())
+        return images.add_(len(seen))  # in place, as some do
+
+    images = torch.zeros(2, 3, 24, 24)
+    view1, view2 = EquivariantViews(PATCH, photometric=record)(images)
+    assert len(seen) == 2
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in [*seen, images])
+    torch.testing.assert_close(view1.images, torch.ones_like(view1.images))
+    torch.testing.assert_close(view2.images, 2 * torch.ones_like(view2.images))
+
+
+def test_no_image_still_has_a_grid():
+    view, _ = EquivariantViews(PATCH, normalize=IMAGENET)(torch.zeros(0, 3, 24, 24))
+    assert len(view.relation) == len(view.images) == 0
+    assert all(side % PATCH == 0 for side in view.images.shape[-2:])
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: EquivariantViews(16)(torch.rand(3, 32, 32)), "make_views(images[None])"),
+        (lambda: EquivariantViews(16)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), "images.float() / 255"),
+        (lambda: EquivariantViews(16)(torch.rand(2, 3, 8, 64)), "EquivariantViews(patch_size=5)"),
+        (lambda: EquivariantViews(0), "patch_size=0"),
+        (lambda: EquivariantViews(16.0), "patch_size=16.0"),
+        (lambda: EquivariantViews(scale=(1.3, 0.7)), "scale=(0.7, 1.3)"),
+        (lambda: EquivariantViews(4, photometric=lambda x: x[..., 1:])(torch.rand(2, 3, 24, 24)), "keeps the shape"),
+    ],
+)
+def test_bad_input_says_what_to_type(make, text):
+    with pytest.raises(SERError) as caught:
+        make()
+    assert text in str(caught.value)
+
+
+def test_draw_and_render_are_the_halves_of_a_call():
+    make_views = EquivariantViews(PATCH)
+    images = torch.rand(6, 3, 24, 28)
+    called = make_views(images, torch.Generator().manual_seed(3))
+    plan = make_views.draw(6, (24, 28), torch.Generator().manual_seed(3))
+    rendered = make_views.render(images, plan)
+    for one, other in zip(called, rendered, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.relation == other.relation
+    for one, other in zip(make_views.render(images[1::2], plan[1::2]), called, strict=True):
+        assert torch.equal(one.images, other[1::2].images)
+
+
+def test_photometric_part_sees_the_upright_image_and_each_view_is_resampled_bicubically_with_a_low_pass():
+    """The order matters where an image is resampled: a threshold ahead of it leaves values between 0 and 1."""
+    images = (torch.rand(4, 3, 32, 32) > 0.5).float()
+    plan = EquivariantViews(PATCH).draw(4, (32, 32), torch.Generator().manual_seed(0))
+    views = EquivariantViews(PATCH, photometric=lambda x: (x > 0.5).float()).render(images, plan)
+    for view, g in zip(views, plan, strict=True):
+        assert torch.equal(view.images, act(g, images, antialias=True))
+        assert not torch.isin(view.images, torch.tensor([0.0, 1.0])).all()
+        size = g.output_size((32, 32))[:: -1 if g.turns[0] % 2 else 1]
+        resized = F.interpolate(images, size, mode="bicubic", antialias=True)
+        for found, x, k, flip in zip(view.images, resized, g.turns.tolist(), g.flip, strict=True):
+            moved = torch.rot90(x.flip(-1) if flip else x, k, (-2, -1))
+            torch.testing.assert_close(found, moved, rtol=0, atol=1e-5)
+
+
+def test_normalises_last():
+    images = torch.rand(4, 3, 24, 24)
+    plan = EquivariantViews(PATCH).draw(4, (24, 24))
+    plain, normalised = (EquivariantViews(PATCH, normalize=n).render(images, plan)[0].images for n in (None, IMAGENET))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    torch.testing.assert_close(normalised * std + mean, plain)
