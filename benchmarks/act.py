@@ -3,16 +3,12 @@
 Run: python benchmarks/act.py
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import time
 from collections.abc import Callable
 
+import record
 import torch
 from einops import rearrange
-from environment import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -79,4 +75,4 @@ if __name__ == "__main__":
             rows.append({"kind": kind, "images": n, "grid": size, "ratios": ratios, **found})
             low, median, high = ratios[0], ratios[len(ratios) // 2], ratios[-1]
             print(f"{kind:12} {n:4} images: {median:5.1f} times as fast ({low:.1f} to {high:.1f})")
-    print(save("act", rows))
+    print(record.save("act", rows))

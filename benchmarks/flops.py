@@ -6,19 +6,15 @@ has the same late [CLS] with and without SER. The paper's Table 17 says 1.008.
 Run: python benchmarks/flops.py
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import copy
 import tempfile
 from typing import Any
 
+import record
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from environment import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,26 +26,23 @@ IMAGES = partition_size(BATCH, RATIO, RANKS)
 
 
 def loss_flops(
-    z1: torch.Size, z2: torch.Size, others: torch.Size | None, temperature: float, symmetric: bool, *_: Any, **__: Any
+    z1: torch.Size, z2: torch.Size, others: torch.Size | None, offsets: torch.Size, *_: Any, **__: Any
 ) -> int:
     """What the streaming loss computes, as the counter does not look inside operators of our own.
 
-    Logits among this rank's tokens are computed twice (sums, then weights) and used for two products; logits with
-    other ranks' tokens once, and used for two products.
+    Every logit, be its key of this rank or of another, is computed twice (sums, then weights) and used for two
+    products. The counter gives shapes only: images are taken to have one number of tokens.
     """
-    images, tokens, width = z1
-    if not symmetric:
-        raise NotImplementedError("the benchmark counts the symmetric loss")
-    near = images * (images - 1) // 2 * (2 * tokens) ** 2
-    far = 2 * images * tokens * (0 if others is None else others[0])
-    return 2 * width * (4 * near + 3 * far)
+    (total, width), images = z1, offsets[0] - 1
+    near = images * (images - 1) // 2 * (2 * total // images) ** 2
+    far = 2 * total * (0 if others is None else others[0])
+    return 2 * width * 4 * (near + far)
 
 
 def accuracy_flops(z1: torch.Size, z2: torch.Size, others: torch.Size | None, *_: Any, **__: Any) -> int:
     """Evenly spaced anchors against every key."""
-    images, tokens, width = z1
-    keys = 2 * images * tokens + (0 if others is None else others[0])
-    return 2 * width * min(images * tokens, 256) * keys
+    total, width = z1
+    return 2 * width * min(total, 256) * (2 * total + (0 if others is None else others[0]))
 
 
 def counter() -> FlopCounterMode:
@@ -91,11 +84,11 @@ def ser_flops(rank: int, store: str, found: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     torch.manual_seed(rank)
-    pair = EquivariantViews(16, scale=(1, 1), ratio=(1, 1))(torch.rand(IMAGES, 3, 224, 224))
-    z1, z2 = torch.randn(2, IMAGES, 384, 14, 14, requires_grad=True)
+    views = EquivariantViews(16, scale=(1, 1), ratio=(1, 1))(torch.rand(IMAGES, 3, 224, 224))
+    z = list(torch.randn(2, IMAGES, 384, 14, 14, requires_grad=True))
     ser = SERLoss(384)
     with counter() as count:
-        ser(z1, z2, pair.relative).loss.backward()
+        ser(z, views).loss.backward()
     found[rank] = count.get_total_flops()
     dist.destroy_process_group()
 
@@ -127,4 +120,4 @@ if __name__ == "__main__":
     print(f"MoCo-v3 step of {BATCH} images: {base / 1e12:.2f} TFLOP; SER on {IMAGES} of them: {term / 1e9:.1f} GFLOP")
     print(f"relative {row['relative']:.5f}")
     print(f"with patch_tokens beside the SSL forward {row['relative_with_own_forwards']:.5f}")
-    print(save("flops", [row]))
+    print(record.save("flops", [row]))

@@ -7,19 +7,15 @@ the two of its gradient. Times are taken in turn in one process, memory in a pro
 Run: python benchmarks/loss.py
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from act import seconds
-from environment import save
 from memory import child, peak
 from torch import Tensor
 
@@ -104,7 +100,7 @@ def main() -> None:
         ours = sorted(row["seconds"]["ours"])[RUNS // 2]
         text = ", ".join(f"{ratio(row, name)[1]:.2f} of {name}" for name in row["seconds"] if name != "ours")
         print(f"{images:3} images: {ours:.3f} s; {text}", flush=True)
-    print(save("loss", rows + weigh_forms()))
+    print(record.save("loss", rows + weigh_forms()))
 
 
 def weigh_forms() -> list[dict[str, Any]]:

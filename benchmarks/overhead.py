@@ -6,23 +6,19 @@ come from `patch_tokens` beside the SSL forward, as in the README's loop, or fro
 Run: python benchmarks/overhead.py
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 import copy
 from typing import Any
 
+import record
 import timm
 import torch
 from act import seconds
-from environment import save
 from memory import child, peak
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ser_reg import EquivariantViews, SERLoss, TokenTap, ViewPair, late_cls, partition_size, patch_tokens
+from ser_reg import EquivariantViews, SERLoss, TokenTap, View, late_cls, partition_size, patch_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -50,41 +46,41 @@ class Step:
         pairs = ((queries[0], keys[1]), (queries[1], keys[0]))
         return torch.stack([F.cross_entropy(q @ k.T / 0.2, labels) for q, k in pairs]).sum()
 
-    def __call__(self, views: list[list[Tensor]], pair: ViewPair, mode: str) -> None:
+    def __call__(self, pair: list[list[Tensor]], views: tuple[View, View], mode: str) -> None:
         for module in (self.vit, self.head, self.ser):
             module.zero_grad(set_to_none=True)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
             with TokenTap(self.vit, LAYER) as tap:
                 embeddings, maps = [], []
-                for view in views:
+                for view in pair:
                     embeddings.append(torch.cat([self.vit(x) for x in view]))
-                    maps.append(tap.tokens)  # of b2, the last part
-            loss = self.base(embeddings, views)
+                    maps.append(tap.tokens)  # of b2, which comes last
+            loss = self.base(embeddings, pair)
             if mode == "patch_tokens":
-                maps = [patch_tokens(self.vit, x, LAYER) for x in pair[:2]]
+                maps = [patch_tokens(self.vit, view.images, LAYER) for view in views]
             if mode != "plain":
-                loss = loss + 0.5 * self.ser(*maps, pair.relative).loss
+                loss = loss + 0.5 * self.ser(maps, views).loss
         loss.backward()
 
 
-def batch(ratio: float) -> tuple[list[list[Tensor]], ViewPair]:
-    """Both views, in the parts b1 and b2."""
+def batch(ratio: float) -> tuple[list[list[Tensor]], tuple[View, View]]:
+    """Both views of b1 and b2, and those of b2 as they were made."""
     n = partition_size(BATCH, ratio)
     images = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE)
-    pair = EquivariantViews(16)(images[-n:], torch.Generator().manual_seed(0))
-    return [[images[:-n], pair.x1], [images[:-n].flip(-1), pair.x2]], pair
+    views = EquivariantViews(16)(images[-n:], torch.Generator().manual_seed(0))
+    return [[images[:-n], views[0].images], [images[:-n].flip(-1), views[1].images]], views
 
 
 def measure(ratio: float) -> dict[str, Any]:
-    step, (views, pair) = Step(), batch(ratio)
+    step, (pair, views) = Step(), batch(ratio)
     spent: dict[str, list[float]] = {"plain": [], "tap": [], "patch_tokens": []}
     for run in range(RUNS + 1):
         for mode, times in spent.items():
-            time = seconds(lambda mode=mode: step(views, pair, mode), DEVICE)
+            time = seconds(lambda mode=mode: step(pair, views, mode), DEVICE)
             if run:  # the first is a warm-up
                 times.append(time)
     peaks = {mode: child(__file__, "--mode", mode, "--ratio", str(ratio)) for mode in spent}
-    return {"ratio": ratio, "images": len(pair.x1), "seconds": spent, "peak_bytes": peaks}
+    return {"ratio": ratio, "images": len(views[0].images), "seconds": spent, "peak_bytes": peaks}
 
 
 def main() -> None:
@@ -100,7 +96,7 @@ def main() -> None:
                 f"r = {ratio:4.0%}, {row['images']:3} images, {mode:12}: {median:.3f} ({low:.3f} to {high:.3f})",
                 flush=True,
             )
-    print(save("overhead", rows))
+    print(record.save("overhead", rows))
 
 
 if __name__ == "__main__":

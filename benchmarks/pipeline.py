@@ -7,11 +7,8 @@ the bound of a training; a training has the cost of the momentum branch, the hea
 Run: python benchmarks/pipeline.py
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -20,21 +17,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import timm
 import torch
 from act import seconds
-from environment import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from photo_patches import embedded_photographs
-from pretraining.dataset import ViewDataset, collate
-from pretraining.partition import PartitionSampler
-from pretraining.policies import normalise, policies
-from pretraining.sources import Source, open_source
+from data import Source, open_source
+from data.batch import ViewDataset, collate
+from data.recipe import normalise
+from data.sampler import PartitionSampler
+from moco_v3 import PRESETS, recipes
+
+from ser_reg.images import embedded_photographs
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -60,7 +59,7 @@ def write_images(folder: Path) -> int:
 def pipeline(source: Source, workers: int) -> list[float]:
     """Images per second, batch by batch after the first ones, which wait for the workers to start."""
     sampler = PartitionSampler(len(source), BATCH, whole=0, last=2 * workers + BATCHES)
-    dataset = ViewDataset(source, *policies("moco_v3", 224))
+    dataset = ViewDataset(source, *recipes(PRESETS["paper"]))
     batches = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
     for _ in range(2 * workers):  # those that are prefetched
         next(batches)
@@ -76,7 +75,7 @@ def pipeline(source: Source, workers: int) -> list[float]:
 
 def stages(source: Source) -> dict[str, float]:
     """Milliseconds of one worker for one image."""
-    (first, second), _ = policies("moco_v3", 224)
+    (first, second), _ = recipes(PRESETS["paper"])
     images = [source.image(i) for i in range(64)]
 
     def milliseconds(step: Callable[[int], object]) -> float:
@@ -131,7 +130,7 @@ def main() -> None:
     for workers in WORKERS:
         bound = "pipeline" if medians[f"pipeline, {workers} workers"] < medians["model"] else "model"
         print(f"with {workers} workers the bound is the {bound}; from {needed} on it is the model")
-    print(save("pipeline", rows))
+    print(record.save("pipeline", rows))
 
 
 if __name__ == "__main__":

@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from ser_reg.report.style import STYLE, marks
 
 RESULTS = Path(__file__).parent / "results"
-# Okabe-Ito colours, which colour-blind readers tell apart, and markers for those who print in grey
-STYLES = {
-    "ours": ("streaming (ours)", "#d55e00", "o"),
-    "dense": ("dense formula", "#0072b2", "s"),
-    "released": ("released form", "#009e73", "^"),
-    "products": ("three plain products", "#555555", "x"),
+LABELS = {
+    "dense": "dense formula",
+    "ours": "streaming (ours)",
+    "released": "released form",
+    "products": "three plain products",
 }
 
 
 def draw(folder: Path) -> Path:
+    """loss.png beside loss.json."""
     rows: list[dict[str, Any]] = json.loads((folder / "loss.json").read_text())["rows"]
     hardware = json.loads((folder / "loss.json").read_text())["environment"]["hardware"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for form, (label, colour, marker) in STYLES.items():
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for i, (form, label) in enumerate(LABELS.items()):
         timed = [(r["images"], statistics.median(r["seconds"][form])) for r in rows if form in r.get("seconds", {})]
         weighed = [(r["images"], r["peak_bytes"][form] / 2**20) for r in rows if form in r.get("peak_bytes", {})]
         for axis, points in zip(axes, (timed, weighed), strict=True):
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+                axis.plot(*zip(*points, strict=True), label=label, **marks(i))
     for axis, title in zip(axes, ("seconds, forward and backward", "peak memory, MiB"), strict=True):
         ticks = [2, 4, 8, 16, 32, 64]
         axis.set(xscale="log", yscale="log", xlabel="images of 196 tokens", title=title, xticks=ticks)
         axis.set_xticklabels(ticks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(f"The loss on {hardware}, 512 channels, float32")
     path = folder / "loss.png"
@@ -48,5 +48,6 @@ def draw(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for raw in sorted(RESULTS.glob("*/loss.json")):
-        print(draw(raw.parent))
+    with matplotlib.rc_context(STYLE):
+        for raw in sorted(RESULTS.glob("*/loss.json")):
+            print(draw(raw.parent))

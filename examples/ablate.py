@@ -10,12 +10,8 @@ raw results of all runs in it.
 
 from __future__ import annotations
 
-import os
-
-# Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,16 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pretraining  # noqa: F401  (ahead of torch: how its threads wait)
 import tyro
-from ablation.judging import judge
-from ablation.plots import draw
-from ablation.tables import markdown
+from ablation.judge import judge
+from ablation.plot import draw
+from ablation.table import markdown
 from ablation.variants import ABLATIONS, Variant
-from results import atomically
+from pretraining.settings import read_run
 from rich.console import Console
 from rich.progress import Progress
 
 from ser_reg import SERError
+from ser_reg.errors import require
+from ser_reg.records import atomically
 
 __all__ = ["Settings", "collect", "main"]
 
@@ -59,16 +58,13 @@ class Settings:
 def main(settings: Settings) -> None:
     """Run what is missing, then write tables and pictures."""
     names = list(ABLATIONS) if settings.ablation == "all" else [settings.ablation]
-    if names[0] not in ABLATIONS:
-        given, expected = f"ablation {settings.ablation!r}", f"one of {', '.join(ABLATIONS)}, or all"
-        raise SERError("ablate.py", given, expected, "python examples/ablate.py layer")
-    if not settings.seeds or settings.jobs < 1:
-        given = f"{len(settings.seeds)} seeds, {settings.jobs} jobs"
-        raise SERError(
-            "ablate.py", given, "at least one of each", "python examples/ablate.py layer --seeds 0 1 2 --jobs 1"
-        )
+    given, expected = f"ablation {settings.ablation!r}", f"one of {', '.join(ABLATIONS)}, or all"
+    require(names[0] in ABLATIONS, "ablate.py", given, expected, "python examples/ablate.py layer")
+    given = f"{len(settings.seeds)} seeds, {settings.jobs} jobs"
+    remedy = "python examples/ablate.py layer --seeds 0 1 2 --jobs 1"
+    require(settings.seeds and settings.jobs >= 1, "ablate.py", given, "at least one of each", remedy)
     console = Console(soft_wrap=True)
-    wanted = {v.folder: v for name in names for v in ABLATIONS[name].variants}
+    wanted = {v.run: v for name in names for v in ABLATIONS[name].variants}
     runs = [(variant, seed) for seed in settings.seeds for variant in wanted.values()]
     with Progress(console=console) as progress, ThreadPoolExecutor(settings.jobs) as pool:
         task = progress.add_task(f"{len(runs)} trainings", total=len(runs))
@@ -92,33 +88,36 @@ def main(settings: Settings) -> None:
 
 def train_and_judge(settings: Settings, variant: Variant, seed: int) -> None:
     """One run; flags, environment and result are kept in its folder."""
-    folder = settings.output_dir / "runs" / variant.folder / f"seed{seed}"
+    folder = settings.output_dir / "runs" / variant.run / f"seed{seed}"
     found = folder / JUDGED
     flags = [*variant.flags.split(), *settings.flags.split(), "--seed", str(seed)]
     if found.exists():
         kept = json.loads(found.read_text())
-        if kept["flags"] != flags:
-            given = f"{found}, of a run with {' '.join(kept['flags'])}"
-            raise SERError("ablate.py", given, " ".join(flags), "python examples/ablate.py ... --output-dir out/other")
+        given = f"{found}, of a run with {' '.join(kept['flags'])}"
+        remedy = "python examples/ablate.py ... --output-dir out/other"
+        require(kept["flags"] == flags, "ablate.py", given, " ".join(flags), remedy)
         return
-    command = [sys.executable, EXAMPLES / f"{variant.script}.py", "--preset", "small", *flags, "--output-dir", folder]
+    _train(settings, variant, seed, [*flags, "--output-dir", str(folder)])
+    run = read_run(folder)
+    chosen = run["settings"]
+    result = judge(folder, chosen["data"]["data"], chosen["encoder"]["image_size"], seed)
+    kept = {"flags": flags, "environment": run["environment"], "steps": _steps(folder), "result": result}
+    with atomically(found) as path:
+        path.write_text(json.dumps(kept, indent=1))
+
+
+def _train(settings: Settings, variant: Variant, seed: int, flags: list[str]) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{variant.script}.py"), "--preset", "small", *flags]
     threads = max(1, (os.cpu_count() or 1) // settings.jobs)
-    quiet = ["--tracker", "none", "--knn-every", "0"]
     done = subprocess.run(
-        [*map(str, command), *quiet],
+        [*command, "--tracker", "none", "--knn-every", "0"],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode != 0:
-        given = f"exit status {done.returncode}: {done.stderr.strip()[-1000:]}"
-        raise SERError(f"training {variant.label!r}, seed {seed}", given, "0", " ".join(map(str, command)))
-    run = json.loads((folder / "settings.json").read_text())
-    result = judge(folder, run["settings"]["data"], run["settings"]["image_size"], seed)
-    kept = {"flags": flags, "environment": run["environment"], "steps": _steps(folder), "result": result}
-    with atomically(found) as path:
-        path.write_text(json.dumps(kept, indent=1))
+    given = f"exit status {done.returncode}: {done.stderr.strip()[-1000:]}"
+    require(done.returncode == 0, f"training {variant.label!r}, seed {seed}", given, "0", " ".join(command))
 
 
 def _steps(folder: Path) -> int:

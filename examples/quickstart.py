@@ -7,8 +7,6 @@ The two arms start from the same weights and see the same batches and views; the
 alone. The output folder then holds `quickstart.png` and `results.json`. The loop to copy from is `own_loop.py`.
 """
 
-from __future__ import annotations
-
 import os
 
 # Set ahead of torch: threads that spin while they wait stall each other when the machine is busy.
@@ -21,15 +19,12 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.progress import track
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -50,14 +45,9 @@ from ser_reg.report.maps import colours
 from ser_reg.report.style import COLOURS, FLOOR, SCORE, STYLE, draw_line, marks
 
 HIDDEN, OUT, TEMPERATURE = 512, 128, 0.2  # MoCo-v3's heads, 4096 and 256 wide in its paper, and its contrast
-normalise = v2.Normalize([0.5] * 3, [0.5] * 3)
+normalise, jitter = v2.Normalize([0.5] * 3, [0.5] * 3), v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
 # MoCo-v3's photometric part, the same for crops and whole images. Blur is left out, as is usual below 64 pixels.
-PHOTOMETRIC = [
-    v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
-    v2.RandomGrayscale(p=0.2),
-    v2.RandomSolarize(threshold=128 / 255, p=0.1),
-    normalise,
-]
+PHOTOMETRIC = [v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2), v2.RandomSolarize(128 / 255, 0.1), normalise]
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Settings:
     def check(self) -> None:
         """Raise a SERError for numbers that do not go together, before minutes are spent."""
         least = min(self.steps, self.depth, self.train_patches, self.test_patches)
-        b2, fits = self.ratio * self.batch_size, self.width % 4 == self.width % self.heads == 0
+        fits, b2 = self.width % 4 == self.width % self.heads == 0, self.ratio * self.batch_size
         side = max(1, round(self.image_size / self.patch_size)) * self.patch_size
         for names, ok, expected, remedy in (
             ("steps depth train_patches test_patches", least > 0, "more than 0", "--steps 160 --depth 6"),
@@ -120,7 +110,7 @@ def build(settings: Settings) -> VisionTransformer:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers, batch norm and ReLU between them, batch norm without scale and shift at the end."""
     layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths):
+    for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out), nn.ReLU()]
     return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
 
@@ -130,34 +120,26 @@ class MoCoV3(nn.Module):
 
     def __init__(self, encoder: nn.Module, width: int) -> None:
         super().__init__()
-        self.encoder, self.projector, self.predictor = encoder, mlp(width, HIDDEN, HIDDEN, OUT), mlp(OUT, HIDDEN, OUT)
-        self.target = deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
+        self.trained = nn.Sequential(encoder, mlp(width, HIDDEN, HIDDEN, OUT))
+        self.predictor = mlp(OUT, HIDDEN, OUT)
+        self.target = deepcopy(self.trained).requires_grad_(False)
 
     def forward(self, embeddings: list[Tensor], views: list[list[Tensor]], momentum: float) -> Tensor:
         """The copy moves, then each image finds itself among the keys of the other view; embeddings (B, D) of views."""
         with torch.no_grad():
-            trained = chain(self.encoder.parameters(), self.projector.parameters())
-            for slow, fast in zip(self.target.parameters(), trained, strict=True):
+            for slow, fast in zip(self.target.parameters(), self.trained.parameters(), strict=True):
                 slow.lerp_(fast, 1 - momentum)
             keys = [self.target[1](torch.cat([self.target[0](x) for x in view])) for view in views]
-        queries = [self.predictor(self.projector(embedding)) for embedding in embeddings]
-        losses = []
-        for query, key in zip(queries, reversed(keys), strict=True):
-            logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
-            right = torch.arange(len(logits), device=logits.device)
-            losses.append(2 * TEMPERATURE * F.cross_entropy(logits, right))
-        return torch.stack(losses).sum()
+        queries = [self.predictor(self.trained[1](embedding)) for embedding in embeddings]
+        pairs = zip(queries, reversed(keys), strict=True)
+        logits = [F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE for query, key in pairs]
+        right = torch.arange(len(keys[0]), device=keys[0].device)
+        return torch.stack([2 * TEMPERATURE * F.cross_entropy(x, right) for x in logits]).sum()
 
 
 def cosine(progress: float, start: float, end: float) -> float:
     """From `start` at 0 to `end` at 1 along half a cosine."""
     return end + 0.5 * (1 + math.cos(math.pi * progress)) * (start - end)
-
-
-def part_of_rate(step: int, steps: int) -> float:
-    """Of the highest learning rate: a linear warm-up over a tenth of the steps, then along a cosine to 0."""
-    warmup = max(1, steps // 10)
-    return min((step + 1) / warmup, cosine(max(0, step - warmup) / max(1, steps - warmup), 1.0, 0.0))
 
 
 def per_image(*transforms: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -175,9 +157,11 @@ def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTran
         ser = SERLoss(settings.width, temperature=settings.temperature).to(settings.device)
         parameters += ser.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part_of_rate(step, settings.steps))
-    crop = v2.RandomResizedCrop(settings.image_size, scale=(0.2, 1), antialias=True)
-    crops = per_image(crop, v2.RandomHorizontalFlip(), *PHOTOMETRIC)
+    warmup = max(1, settings.steps // 10)  # in a line, then along a cosine to 0
+    progress = [max(0, step - warmup) / max(1, settings.steps - warmup) for step in range(settings.steps + 1)]
+    rates = [min((step + 1) / warmup, cosine(done, 1.0, 0.0)) for step, done in enumerate(progress)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates.__getitem__)
+    crops = per_image(v2.RandomResizedCrop(settings.image_size, (0.2, 1)), v2.RandomHorizontalFlip(), *PHOTOMETRIC)
     make_views = EquivariantViews(settings.patch_size, photometric=per_image(*PHOTOMETRIC))
     n = partition_size(settings.batch_size, settings.ratio)
     torch.manual_seed(settings.seed + 1)  # both arms see the same from here on, whatever was built before
@@ -220,7 +204,7 @@ def accuracies(name: str, train: Tensor, train_labels: Tensor, test: Tensor, tes
 
 
 @torch.no_grad()
-def evaluate(name: str, vit: VisionTransformer, data: Patches, settings: Settings) -> dict[str, Any]:
+def evaluate(name: str, vit: VisionTransformer, data: Patches, settings: Settings) -> dict:
     """Accuracy on held-out patches, and equivariance on at most 480 of them."""
     vit.eval()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -236,45 +220,40 @@ def evaluate(name: str, vit: VisionTransformer, data: Patches, settings: Setting
 
 
 @torch.no_grad()
-def draw(path: Path, results: dict[str, Any], encoders: dict[str, nn.Module], data: Patches) -> None:
+def draw(path: Path, results: dict, encoders: dict[str, nn.Module], data: Patches) -> None:
     """Training, equivariance by layer, and tokens f of the last layer before and after a quarter turn g."""
     arms, depth, turn = results["arms"], results["settings"]["depth"], GroupElement.turn(1)
     models = {**arms, "untrained": results["references"]["untrained"]}
-    window = max(1, results["settings"]["steps"] // 10)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 12), layout="constrained")
         training, scores, maps = figure.subfigures(3, 1, height_ratios=[1, 1.1, 2])
         for panel, name in zip(training.subplots(1, 3), ("base_loss", "ser_loss", "ser_accuracy"), strict=True):
-            panel.set(title=f"{name}, mean of a tenth of the steps", xlabel="step")
+            panel.set(title=name.replace("_", " "), xlabel="step")
             for i, history in enumerate(arm["history"] for arm in arms.values()):
-                if name in history:
-                    panel.plot(torch.tensor(history[name]).unfold(0, window, 1).mean(1), color=COLOURS[i])
+                if values := history.get(name):  # means over a tenth of the steps
+                    panel.plot(torch.tensor(values).unfold(0, max(1, len(values) // 10), 1).mean(1), color=COLOURS[i])
 
         scores.suptitle("Spatial equivariance score by layer (dotted: of unrelated images)")
-        kinds = list(arms["ser"]["equivariance"])
-        for panel, kind in zip(scores.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        for panel, kind in zip(scores.subplots(1, 3, sharey=True), arms["ser"]["equivariance"], strict=True):
             panel.set(title=kind, xlabel="blocks")
             for i, model in enumerate(models.values()):
                 draw_line(panel, i, model["equivariance"][kind], "spatial", SCORE)
                 draw_line(panel, i, model["equivariance"][kind], "spatial_floor", FLOOR)
-        handles = [Line2D([], [], label=name, **marks(i)) for i, name in enumerate(models)]
+        handles = [panel.plot([], [], label=name, **marks(i))[0] for i, name in enumerate(models)]
         scores.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
-        order = data.test.std((1, 2, 3)).argsort(descending=True)
-        first = {label: i for i, label in reversed(list(enumerate(data.test_labels[order].tolist())))}
-        images = data.test[order[sorted(first.values())[:3]]]  # the most vivid, of three labels
+        images = data.test[data.test.std((1, 2, 3)).argsort(descending=True)[:150:50]]  # three that vary much
         turned = act(turn, images)
         columns = [("image x", images), ("g·x", turned)]
         for arm, vit in encoders.items():
-            tokens = act(turn, patch_tokens(vit, normalise(images), depth)), patch_tokens(vit, normalise(turned), depth)
-            pairs = zip(*(x - x.mean((2, 3), keepdim=True) for x in tokens), strict=True)
-            painted = zip(*map(colours, pairs), strict=True)
-            columns += zip((f"{arm}: g·f(x)", f"{arm}: f(g·x)"), painted, strict=True)
-        panels = maps.subplots(len(images), 6, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-        for column, (title, pictures) in zip(panels.T, columns, strict=True):
+            f = [patch_tokens(vit, normalise(x), depth) for x in (images, turned)]
+            pairs = zip(*(x - x.mean((2, 3), keepdim=True) for x in (act(turn, f[0]), f[1])), strict=True)
+            columns += zip((f"{arm}: g·f(x)", f"{arm}: f(g·x)"), zip(*map(colours, pairs), strict=True), strict=True)
+        for column, (title, pictures) in zip(maps.subplots(len(images), 6, squeeze=False).T, columns, strict=True):
             column[0].set_title(title)
             for panel, picture in zip(column, pictures, strict=True):
                 panel.imshow(picture.permute(1, 2, 0).clamp(0, 1))
+                panel.axis("off")
         figure.savefig(path, dpi=150)
 
 
@@ -285,9 +264,9 @@ def main(settings: Settings) -> None:
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     per_photo = (settings.train_patches, settings.test_patches)
     data = load_patches(settings.images, settings.image_size, per_photo, settings.seed)
-    enough, given = len(data.train) >= settings.batch_size, f"{len(data.train)} training patches"
+    given, batch = f"{len(data.train)} training patches", f"a batch of {settings.batch_size}"
     remedy = "python examples/quickstart.py --batch-size 16 --train-patches 96"
-    require(enough, "quickstart.py", given, f"a batch of {settings.batch_size}", remedy)
+    require(len(data.train) >= settings.batch_size, "quickstart.py", given, batch, remedy)
     print(f"{given}, {len(data.test)} held out: {data.task}")
 
     pixels = accuracies("pixels", data.train.flatten(1), data.train_labels, data.test.flatten(1), data.test_labels)

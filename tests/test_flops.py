@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ser_reg import losses
+from ser_reg.losses import streaming
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import flops
 
-Z = torch.randn(3, 20, 16)
+Z, OFFSETS = torch.randn(60, 16), torch.tensor([0, 20, 40, 60])  # three images of 20 tokens
 
 
 def product(out, a, b, *_, **__):
@@ -22,10 +22,10 @@ def product(out, a, b, *_, **__):
 @pytest.mark.parametrize("others", [None, torch.randn(70, 16)])
 def test_counts(others):
     """Counted from inside, with the in-place product that torch's counter takes for nothing."""
-    shapes = [None if z is None else z.shape for z in (Z, Z, others)]
+    shapes = [None if z is None else z.shape for z in (Z, Z, others, OFFSETS)]
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as count:
-        losses._stream._init_fn(Z, Z, others, 0.3, True, None, 1.0, True)
-    assert count.get_total_flops() == flops.loss_flops(*shapes, 0.3, True)
+        streaming._contrast._init_fn(Z, Z, others, OFFSETS, 0.3, None, 1.0, True)
+    assert count.get_total_flops() == flops.loss_flops(*shapes)
     with FlopCounterMode(display=False) as count:
-        losses._accuracy._init_fn(Z, Z, others, 0.3, None)
+        streaming.accuracy._init_fn(Z, Z, others, OFFSETS, 0.3, None)
     assert count.get_total_flops() == flops.accuracy_flops(*shapes)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pretraining.monitor import embeddings
-from pretraining.policies import evaluation, normalise
-from pretraining.sources import open_source
-from probes import accuracies
+from data import open_source
+from data.recipe import evaluation_transform, normalise
+from evaluation.accuracy import accuracies
+from evaluation.features import embeddings
 
 from ser_reg import equivariance_score, load_encoder
 
@@ -29,7 +29,8 @@ def judge(folder: Path, data: str, size: int, seed: int) -> dict[str, Any]:
     train, held_out = (open_source(data, split, seed) for split in ("train", "val"))
     features = [*embeddings(encoder, train, size, accelerator, 0), *embeddings(encoder, held_out, size, accelerator, 0)]
     generator = torch.Generator().manual_seed(seed)
-    some = torch.randperm(len(held_out), generator=generator)[:EQUIVARIANCE_IMAGES].tolist()
-    images = normalise(torch.stack([evaluation(size)(held_out.image(i)) for i in some])).to(accelerator.device)
+    chosen = torch.randperm(len(held_out), generator=generator)[:EQUIVARIANCE_IMAGES].tolist()
+    transform = evaluation_transform(size)
+    images = normalise(torch.stack([transform(held_out.image(i)) for i in chosen])).to(accelerator.device)
     scores = equivariance_score(encoder, images, generator=generator)
     return {"accuracy": accuracies(*features), "equivariance": scores}

@@ -9,9 +9,9 @@ from .variants import Ablation
 
 __all__ = ["COLUMNS", "markdown", "summary"]
 
-Results = dict[str, dict[str, Any]]  # by folder of the variant, by seed: flags, environment, steps and result of a run
+Results = dict[str, dict[str, Any]]  # by run of the variant, by seed: flags, environment, steps and result of a run
 
-# Columns of a table: heading, digits, factor and where it stands.
+# Columns of a table: heading, digits and factor.
 COLUMNS = {
     "knn": ("k-NN, %", 1, 100),
     "linear": ("linear, %", 1, 100),
@@ -47,7 +47,7 @@ def markdown(ablation: Ablation, results: Results) -> str:
     lines = ["| " + " | ".join(["", *headings, *compared, "paper: top-1, %"]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(headings) + len(compared) + 1))
     for variant in ablation.variants:
-        runs = {seed: summary(run) for seed, run in results[variant.folder].items()}
+        runs = {seed: summary(run) for seed, run in results[variant.run].items()}
         cells = []
         for key, (_, digits, factor) in COLUMNS.items():
             values = [factor * run[key] for run in runs.values() if key in run]
@@ -55,7 +55,7 @@ def markdown(ablation: Ablation, results: Results) -> str:
         other = {seed: summary(run) for seed, run in results[variant.against].items()}
         for key in COMPARED:
             differences = [100 * (run[key] - other[seed][key]) for seed, run in runs.items() if seed in other]
-            cells.append("" if variant.folder == variant.against else _spread(differences, 1, "+"))
+            cells.append("" if variant.run == variant.against else _spread(differences, 1, "+"))
         paper = "" if variant.paper is None else f"{variant.paper:.2f}"
         lines.append("| " + " | ".join([variant.label, *cells, paper]) + " |")
     return "\n".join(lines)

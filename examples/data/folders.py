@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import make_dataset
 
-from ser_reg.errors import SERError
+from ser_reg.errors import SERError, require
 from ser_reg.images import IMAGE_ENDINGS, read_image
 
 __all__ = ["ImageFolder", "is_image"]
@@ -34,28 +34,15 @@ class ImageFolder:
     def __init__(self, folder: Path, split: str) -> None:
         self._call = f"open_source({str(folder)!r}, {split!r})"
         folder = folder.expanduser()
-        if not folder.is_dir():
-            given = "a file" if folder.exists() else "no such folder"
-            raise self._error(given, "--data FOLDER  # or embedded, hf:NAME, wds:FOLDER/{split}-{0000..0146}.tar")
+        given = "a file" if folder.exists() else "no such folder"
+        remedy = "--data FOLDER  # or embedded, hf:NAME, wds:FOLDER/{split}-{0000..0146}.tar"
+        self._require(folder.is_dir(), given, remedy)
         train = folder / "train" if (folder / "train").is_dir() else folder
         self.classes, flat = _content(train)
-        if train is folder and self.classes:
-            given = f"no train/ in it, but {len(self.classes)} sub-folders such as {self.classes[0]!r}"
-            raise self._error(
-                given,
-                f"--data '{folder.parent}'"
-                if folder.name == "train"
-                else f"mkdir '{folder}.new' && mv '{folder}' '{folder}.new/train' && mv '{folder}.new' '{folder}'",
-            )
-        if flat and self.classes:
-            given = f"{len(flat)} images in {str(train)!r} beside the classes {', '.join(self.classes[:3])}"
-            ending = Path(flat[0]).suffix
-            raise self._error(given, f"mkdir '{train}/CLASS' && mv '{train}'/*{ending} '{train}/CLASS'")
-        if not flat and not self.classes:
-            raise self._error(f"no image in {str(train)!r} (endings: {' '.join(IMAGE_ENDINGS)})", f"ls '{train}'")
-        part = folder / split if self.classes else train
-        self._root = str(part)
-        samples = self._labelled(part) if self.classes else self._unlabelled(flat, split, folder)
+        self._check(folder, train, flat)
+        root = folder / split if self.classes else train
+        self._root = str(root)
+        samples = self._labelled(root) if self.classes else self._unlabelled(flat, split, folder)
         # One block of bytes instead of a million strings: light, and shared by forked workers for good.
         self._paths = np.array([os.fsencode(path) for path, _ in samples])
         self._labels = np.array([label for _, label in samples], dtype=np.int32)
@@ -72,35 +59,44 @@ class ImageFolder:
     def name(self, i: int) -> str:
         return os.path.join(self._root, os.fsdecode(self._paths[i]))
 
-    def _labelled(self, part: Path) -> list[tuple[str, int]]:
-        """(path under the part, label) of each image."""
-        if not part.is_dir():
-            raise self._error(f"no {part.name}/ in it", f"ls '{part.parent}'")
-        classes, flat = _content(part)
+    def _check(self, folder: Path, train: Path, flat: list[str]) -> None:
+        """Raise unless the training images lie in classes alone, or in no class at all."""
+        first, itself = next(iter(self.classes), ""), f"--data '{folder.parent}'"
+        given = f"no train/ in it, but {len(self.classes)} sub-folders such as {first!r}"
+        remedy = f"mkdir '{folder}.new' && mv '{folder}' '{folder}.new/train' && mv '{folder}.new' '{folder}'"
+        self._require(train is not folder or not self.classes, given, itself if folder.name == "train" else remedy)
+        given = f"{len(flat)} images in {str(train)!r} beside the classes {', '.join(self.classes[:3])}"
+        ending = Path(next(iter(flat), "")).suffix
+        remedy = f"mkdir '{train}/CLASS' && mv '{train}'/*{ending} '{train}/CLASS'"
+        self._require(not (flat and self.classes), given, remedy)
+        given = f"no image in {str(train)!r} (endings: {' '.join(IMAGE_ENDINGS)})"
+        self._require(flat or self.classes, given, f"ls '{train}'")
+
+    def _labelled(self, root: Path) -> list[tuple[str, int]]:
+        """(path under the root, label) of each image."""
+        self._require(root.is_dir(), f"no {root.name}/ in it", f"ls '{root.parent}'")
+        classes, flat = _content(root)
         strangers = sorted(set(classes) - set(self.classes))
-        if flat or strangers or not classes:
-            given = (
-                f"{len(flat)} images in {str(part)!r} outside of classes"
-                if flat
-                else f"classes of {part.name}/ that train/ does not have: {', '.join(strangers[:3])}"
-                if strangers
-                else f"no class in {str(part)!r}"
-            )
-            raise self._error(given, f"ls '{part.parent / 'train'}' '{part}'")
+        remedy = f"ls '{root.parent / 'train'}' '{root}'"
+        self._require(not flat, f"{len(flat)} images in {str(root)!r} outside of classes", remedy)
+        given = f"classes of {root.name}/ that train/ does not have: {', '.join(strangers[:3])}"
+        self._require(not strangers, given, remedy)
+        self._require(classes, f"no class in {str(root)!r}", remedy)
         labels = {name: label for label, name in enumerate(self.classes) if name in classes}
         try:
-            found = make_dataset(part, labels, is_valid_file=is_image)
+            found = make_dataset(root, labels, is_valid_file=is_image)
         except FileNotFoundError as error:  # classes without an image
-            raise self._error(str(error).split(". ")[0], f"find '{part}' -type d -empty") from error
-        return [(path.removeprefix(f"{part}{os.sep}"), label) for path, label in found]
+            remedy = f"find '{root}' -type d -empty"
+            raise SERError(self._call, str(error).split(". ")[0], LAYOUT, remedy) from error
+        return [(path.removeprefix(f"{root}{os.sep}"), label) for path, label in found]
 
     def _unlabelled(self, flat: list[str], split: str, folder: Path) -> list[tuple[str, int]]:
-        if split == "val":
-            raise self._error("images without classes, to train on alone", f"ls '{folder}/train' '{folder}/val'")
+        given, remedy = "images without classes, to train on alone", f"ls '{folder}/train' '{folder}/val'"
+        self._require(split != "val", given, remedy)
         return [(name, -1) for name in flat]
 
-    def _error(self, given: str, remedy: str) -> SERError:
-        return SERError(self._call, given, LAYOUT, remedy)
+    def _require(self, condition: object, given: str, remedy: str) -> None:
+        require(condition, self._call, given, LAYOUT, remedy)
 
 
 def is_image(path: str) -> bool:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ser_reg.errors import SERError
+from ser_reg.errors import SERError, require
 from ser_reg.images import read_image
 
 from .patterns import files_of
 
 __all__ = ["HuggingFaceDataset"]
 
-# What the validation part of a data set is called, the likeliest first. Data sets without one have a test part.
+# What the splits of a data set are called, the likeliest first. Where none is for validation there is one for tests.
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
 
 
@@ -37,18 +37,16 @@ class HuggingFaceDataset:
     def __init__(self, path: str, split: str) -> None:
         call = f"open_source({f'hf:{path}'!r}, {split!r})"
         data = _load(path, split, call)
-        if not len(data):
-            raise SERError(call, "no rows", "images", f"datasets.load_dataset({path!r})")
+        require(len(data), call, "no rows", "images", f"datasets.load_dataset({path!r})")
         image, label = (_column(data, kind) for kind in ("Image", "ClassLabel"))
-        if image is None:
-            columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in data.features.items())
-            remedy = f"data.cast_column({next(iter(data.features))!r}, datasets.Image()).to_parquet('train.parquet')"
-            raise SERError(call, f"the columns {columns}", "one of type Image", remedy)
+        columns = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in data.features.items())
+        remedy = f"data.cast_column({next(iter(data.features))!r}, datasets.Image()).to_parquet('train.parquet')"
+        require(image is not None, call, f"the columns {columns}", "one of type Image", remedy)
         self.classes: list[str] = data.features[label].names if label else []
         labels = data.with_format("numpy")[label][:] if label else np.full(len(data), -1)
-        if label and (labels.dtype.kind not in "iu" or labels.min() < 0):
-            given = f"rows without a {label}"
-            raise SERError(call, given, "a label in every row", f"data.filter(lambda row: (row[{label!r}] or -1) >= 0)")
+        known = not label or (labels.dtype.kind in "iu" and labels.min() >= 0)
+        remedy = f"data.filter(lambda row: (row[{label!r}] or -1) >= 0)"
+        require(known, call, f"rows without a {label}", "a label in every row", remedy)
         self._labels = labels.astype(np.int32)
         self._path, self._split = path, split
         self._data, self._column = data.select_columns(image), image
@@ -92,10 +90,8 @@ def _load(path: str, split: str, call: str) -> Any:
             call, given, "a name on the hub, or parquet files", f"datasets.load_dataset({path!r})  # shows all of it"
         ) from error
     found = next((name for name in names if name in data), None)
-    if found is None:
-        expected = f"a split {' or '.join(names)}"
-        remedy = f"datasets.load_dataset({path!r})  # a folder's files are train-*.parquet and validation-*.parquet"
-        raise SERError(call, f"the splits {', '.join(data)}", expected, remedy)
+    remedy = f"datasets.load_dataset({path!r})  # a folder's files are train-*.parquet and validation-*.parquet"
+    require(found is not None, call, f"the splits {', '.join(data)}", f"a split {' or '.join(names)}", remedy)
     return data[found]
 
 

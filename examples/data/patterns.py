@@ -7,7 +7,7 @@ import os
 
 from braceexpand import braceexpand
 
-from ser_reg.errors import SERError
+from ser_reg.errors import SERError, require
 
 __all__ = ["files_of"]
 
@@ -27,19 +27,18 @@ def files_of(pattern: str, split: str, kind: str) -> list[str]:
     call = f"open_source({f'{kind}:{pattern}'!r}, {split!r})"
     ending = os.path.splitext(pattern)[1] or (".tar" if kind == "wds" else ".parquet")
     example = f"--data '{kind}:{os.path.dirname(pattern)}/{{split}}-{{0000..0003}}{ending}'"
-    if split == "val" and "{split}" not in pattern:
-        given = "a pattern of training files alone"
-        raise SERError(call, given, "{split} in it, which stands for train or val", example)
+    expected = "{split} in it, which stands for train or val"
+    require(split != "val" or "{split}" in pattern, call, "a pattern of training files alone", expected, example)
     try:
-        parts = list(braceexpand(os.path.expanduser(pattern.replace("{split}", split))))
+        paths = list(braceexpand(os.path.expanduser(pattern.replace("{split}", split))))
     except ValueError as error:  # unbalanced braces
         raise SERError(call, str(error), "a pattern of paths", example) from error
     files, missing = [], []
-    for part in parts:
-        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part] * os.path.isfile(part)
+    for path in paths:
+        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] * os.path.isfile(path)
         files += found
-        missing += [] if found else [part]
-    if missing:
-        given = f"{len(missing)} of {len(parts)} not there, the first {missing[0]!r}"
-        raise SERError(call, given, "files that are all there", f"ls '{os.path.dirname(missing[0]) or '.'}'")
+        missing += [] if found else [path]
+    first = next(iter(missing), "")
+    given = f"{len(missing)} of {len(paths)} not there, the first {first!r}"
+    require(not missing, call, given, "files that are all there", f"ls '{os.path.dirname(first) or '.'}'")
     return files

@@ -89,15 +89,15 @@ def photometric(blur: float, solarize: float = 0.0) -> v2.Compose:
     departs from them: kornia's jitter adds brightness and multiplies contrast about 0, and its solarization draws the
     threshold. None of that is done here.
     """
-    parts: list[v2.Transform] = [
+    changes: list[v2.Transform] = [
         v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
         v2.RandomGrayscale(p=0.2),
     ]
     if blur:
-        parts.append(v2.RandomApply([GaussianBlur()], p=blur))
+        changes.append(v2.RandomApply([GaussianBlur()], p=blur))
     if solarize:
-        parts.append(v2.RandomSolarize(threshold=128, p=solarize))
-    return v2.Compose(parts)
+        changes.append(v2.RandomSolarize(threshold=128, p=solarize))
+    return v2.Compose(changes)
 
 
 def recipes(

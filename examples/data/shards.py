@@ -39,20 +39,20 @@ class Shards:
         self._call = f"open_source({f'wds:{pattern}'!r}, {split!r})"
         self._files = files_of(pattern, split, "wds")
         keys: list[bytes] = []
-        places: list[np.ndarray] = []
+        spans: list[np.ndarray] = []
         labels: list[int] = []
         for number, file in enumerate(self._files):
             images, classes = self._scan(file)
             keys += [key.encode() for key in images]
-            places.append(np.array([(number, *place) for place in images.values()], dtype=np.int64))
+            spans.append(np.array([(number, *span) for span in images.values()], dtype=np.int64))
             labels += [classes.get(key, -1) for key in images]
         self._keys = np.array(keys)
-        self._places = np.concatenate(places)  # (N, 3): shard, offset, bytes
+        self._spans = np.concatenate(spans)  # (N, 3): shard, offset, bytes
         self._labels = np.array(labels, dtype=np.int32)
         self.classes = [str(label) for label in range(self._labels.max() + 1)]
         unlabelled = np.flatnonzero(self._labels < 0)
         if 0 < len(unlabelled) < len(labels):
-            file, key = self._files[self._places[unlabelled[0], 0]], keys[unlabelled[0]].decode()
+            file, key = self._files[self._spans[unlabelled[0], 0]], keys[unlabelled[0]].decode()
             given = f"no {key}.cls, and {len(unlabelled) - 1} more of {len(labels)} images without a label"
             raise self._error(file, given, "a .cls for every image, or for none")
 
@@ -60,7 +60,7 @@ class Shards:
         return len(self._keys)
 
     def image(self, i: int) -> Image.Image:
-        shard, offset, size = self._places[i].tolist()
+        shard, offset, size = self._spans[i].tolist()
         # Opened anew each time: cheap beside decoding, and there is nothing that forked workers could share.
         with open(self._files[shard], "rb", buffering=0) as file:
             file.seek(offset)
@@ -71,10 +71,10 @@ class Shards:
         return int(self._labels[i])
 
     def name(self, i: int) -> str:
-        return f"{self._files[self._places[i, 0]]}:{self._keys[i].decode()}"
+        return f"{self._files[self._spans[i, 0]]}:{self._keys[i].decode()}"
 
     def _scan(self, file: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-        """Place of the image and label of each key of one shard."""
+        """(offset, bytes) of the image and label of each key of one shard."""
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         for key, ending, offset, size, text in self._members(file):

@@ -16,7 +16,7 @@ QUERIES, BANK = 4096, 2**14
 
 
 def accuracies(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """k-NN and linear accuracy of (N, D) features, as parts of 1."""
+    """k-NN and linear accuracy of (N, D) features, as fractions of 1."""
     return {
         "knn": knn_accuracy(train, train_labels, test, test_labels),
         "linear": linear_accuracy(train, train_labels, test, test_labels),

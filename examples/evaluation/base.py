@@ -199,8 +199,8 @@ class Session:
                 "results": results,
                 "seconds": time.perf_counter() - self.start,
             }
-            with atomically(path) as part:
-                part.write_text(json.dumps(described, indent=1, default=str) + "\n")
+            with atomically(path) as draft:
+                draft.write_text(json.dumps(described, indent=1, default=str) + "\n")
             self.note(f"{path}")
         self.accelerator.wait_for_everyone()
 

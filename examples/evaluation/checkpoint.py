@@ -47,5 +47,5 @@ class EpochCheckpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         if self.writes:
-            with atomically(self.path) as part:
-                torch.save(state | {"key": self.key}, part)
+            with atomically(self.path) as draft:
+                torch.save(state | {"key": self.key}, draft)

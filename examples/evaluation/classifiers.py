@@ -106,8 +106,8 @@ def fit(
     state = (checkpoint and checkpoint.load()) or {"epochs": 0}
     if state["epochs"]:
         for trained, states in ((heads, state["heads"]), (optimizers, state["optimizers"])):
-            for part, values in zip(trained, states, strict=True):
-                part.load_state_dict(values)
+            for stateful, values in zip(trained, states, strict=True):
+                stateful.load_state_dict(values)
     for epoch in range(state["epochs"], epochs):
         for step, (features, labels) in enumerate(batches(epoch)):
             done = (epoch + step / batches.steps) / epochs
@@ -120,8 +120,9 @@ def fit(
                 loss.backward()
                 optimizer.step()
         if checkpoint:
-            states = ([part.state_dict() for part in parts] for parts in (heads, optimizers))
-            checkpoint.save({"epochs": epoch + 1} | dict(zip(("heads", "optimizers"), states, strict=True)))
+            states = {"heads": [head.state_dict() for head in heads]}
+            states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            checkpoint.save({"epochs": epoch + 1} | states)
         show(epoch)
     return [head.eval() for head in heads]
 
@@ -141,7 +142,7 @@ def choose_rate(
 def predict(head: nn.Module, features: Tensor) -> Tensor:
     """(N, classes) logits on the CPU."""
     device = next(head.parameters()).device
-    return torch.cat([head(part.to(device)).cpu() for part in features.split(8192)])
+    return torch.cat([head(chunk.to(device)).cpu() for chunk in features.split(8192)])
 
 
 def top(scores: Tensor, labels: Tensor, k: int) -> float:

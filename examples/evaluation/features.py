@@ -105,9 +105,9 @@ def embeddings(
     call, remedy = "embeddings(encoder, source)", "open_source('embedded', 'val')"
     require(source.classes, call, lambda: f"unlabelled images such as {source.name(0)}", "labels", remedy)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    # Those that came round to the first images again count for nothing.
-    places = range(rank, -(-len(source) // world_size) * world_size, world_size)
-    numbers = [[i % len(source) for i in places[start : start + 256]] for start in range(0, len(places), 256)]
+    # Rows that came round to the first images again count for nothing.
+    rows = range(rank, -(-len(source) // world_size) * world_size, world_size)
+    numbers = [[i % len(source) for i in rows[start : start + 256]] for start in range(0, len(rows), 256)]
     training = encoder.training
     encoder.eval()
     features, labels = [], []
@@ -118,10 +118,10 @@ def embeddings(
             features.append(encoder(normalise(batch.images.to(accelerator.device))).float())
         labels.append(batch.labels.to(accelerator.device))
     encoder.train(training)
-    marks = torch.cat(labels)
-    marks[torch.tensor(places, device=marks.device) >= len(source)] = NO_LABEL
-    found, marks = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(marks).cpu()
-    return found[marks >= 0], marks[marks >= 0]
+    own = torch.cat(labels)
+    own[torch.tensor(rows, device=own.device) >= len(source)] = NO_LABEL
+    found, known = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(own).cpu()
+    return found[known != NO_LABEL], known[known != NO_LABEL]
 
 
 def extract(
@@ -268,5 +268,5 @@ def _write(
             lower if extraction.name == "logits" else f"evaluate.py knn --model '{encoder.name}' --device cpu",
         )
     tensors["indices"] = torch.cat(indices)
-    with atomically(path) as part:
-        save_file(tensors, part, metadata=key | {"unreadable": json.dumps(unreadable)})
+    with atomically(path) as draft:
+        save_file(tensors, draft, metadata=key | {"unreadable": json.dumps(unreadable)})

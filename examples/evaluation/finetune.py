@@ -68,9 +68,9 @@ class Finetune(Judgement):
         results["batch_size"] = crops.batch_size
         if session.main:
             results |= judged(session, logits, labels_as(test, train.classes, session.call))
-            with atomically(self.output_dir / "finetune.safetensors") as part:
+            with atomically(self.output_dir / "finetune.safetensors") as draft:
                 state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-                save_file(state, part, metadata={"late_cls": str(encoder.late_cls or 0)})
+                save_file(state, draft, metadata={"late_cls": str(encoder.late_cls or 0)})
         session.write(results)
 
 

@@ -70,8 +70,8 @@ class LinearClassifier(NamedTuple):
     def save(self, path: Path, encoder: Encoder) -> None:
         tensors = {name: value.detach().cpu() for name, value in self.layer.state_dict().items()}
         metadata = {"classes": json.dumps(self.classes), "last": str(self.last), "encoder": encoder.fingerprint}
-        with atomically(path) as part:
-            save_file(tensors, part, metadata=metadata | {"size": str(encoder.size)})
+        with atomically(path) as draft:
+            save_file(tensors, draft, metadata=metadata | {"size": str(encoder.size)})
 
     @classmethod
     def load(cls, path: Path, encoder: Encoder) -> LinearClassifier:

@@ -47,8 +47,8 @@ class Tsne(Judgement):
             plane = embed_in_plane(features["pooled"][chosen], self.perplexity, self.seed)
             labels = features.labels[chosen]
             picture = self.output_dir / "tsne.png"
-            with atomically(picture) as part:
-                draw(part, plane, labels, features.classes, f"{self.model}: {len(chosen)} images")
+            with atomically(picture) as draft:
+                draw(draft, plane, labels, features.classes, f"{self.model}: {len(chosen)} images")
             results = {
                 "picture": str(picture),
                 "images": features.indices[chosen].tolist(),

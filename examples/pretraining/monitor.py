@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
-import torch
 from accelerate import Accelerator
 from data import Source
-from data.labelled import NO_LABEL, LabelledDataset, collate_labelled
-from data.recipe import evaluation_transform, normalise
 from evaluation.accuracy import knn_accuracy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from evaluation.features import embeddings
+from torch import nn
 
-__all__ = ["Collapse", "embeddings", "knn"]
-
-
-@torch.no_grad()
-def embeddings(
-    encoder: nn.Module, source: Source, size: int, accelerator: Accelerator, workers: int
-) -> tuple[Tensor, Tensor]:
-    """(N, D) embeddings and (N,) labels of all images of a source, computed by all processes, on the CPU of each.
-
-    Images that cannot be read are left out, with a warning that names them.
-    """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    data = LabelledDataset(source, evaluation_transform(size))
-    # All processes have equally many rows, as a gather and the forwards of a sharded encoder want; those that came
-    # round to the first images again count for nothing.
-    rows = range(rank, -(-len(data) // world_size) * world_size, world_size)
-    subset = Subset(data, [i % len(data) for i in rows])
-    training = encoder.training
-    encoder.eval()
-    features, labels = [], []
-    for batch in DataLoader(subset, batch_size=256, num_workers=workers, collate_fn=collate_labelled):
-        for name, why in batch.unreadable:
-            warnings.warn(f"unreadable, left out: {name} ({why})", stacklevel=2)
-        with accelerator.autocast():
-            features.append(encoder(normalise(batch.images.to(accelerator.device))).float())
-        labels.append(batch.labels.to(accelerator.device))
-    encoder.train(training)
-    own = torch.cat(labels)
-    own[torch.tensor(rows, device=own.device) >= len(data)] = NO_LABEL
-    found, known = accelerator.gather(torch.cat(features)).cpu(), accelerator.gather(own).cpu()
-    return found[known != NO_LABEL], known[known != NO_LABEL]
+__all__ = ["Collapse", "knn"]
 
 
 def knn(

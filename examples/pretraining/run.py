@@ -88,7 +88,7 @@ def prepare(name: str, settings: S, build: Callable[[S], BaseMethod]) -> Run:
     accelerator = _accelerator(settings)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
     source = open_source(settings.data.data, "train", settings.run.seed)
-    held_out = _held_out(settings, console) if source.classes else None
+    held_out = _held_out(settings, source, console)
     length = _length(settings, source, accelerator)
 
     torch.manual_seed(settings.run.seed)
@@ -165,13 +165,14 @@ def _accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def _held_out(settings: Settings, console: Console) -> Source | None:
+def _held_out(settings: Settings, source: Source, console: Console) -> Source | None:
+    """Labelled images for k-NN, if there are any; their neighbours are those of `source`."""
     try:
         held_out = open_source(settings.data.data, "val", settings.run.seed)
     except SERError as error:
         console.print(f"no k-NN along the way: {error.given} (wanted: {error.expected})")
         return None
-    return held_out if held_out.classes else None
+    return held_out if held_out.classes and source.classes else None
 
 
 def _length(settings: Settings, source: Source, accelerator: Accelerator) -> Length:

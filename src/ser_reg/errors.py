@@ -1,8 +1,11 @@
 """The one exception of the library, and how it is worded."""
 
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["SERError", "require"]
+from torch import Tensor
+
+__all__ = ["SERError", "require", "require_tensor"]
 
 
 class SERError(ValueError):
@@ -61,3 +64,41 @@ def require(
             expected,
             remedy if isinstance(remedy, str) else remedy(),
         )
+
+
+def require_tensor(call: str, images: Any) -> None:
+    """Raise unless images are a tensor, and say how to make one of what is at hand: PIL images, arrays, lists, batches
+    of a labelled data set."""
+    require(
+        isinstance(images, Tensor), call, lambda: _named(images), "a tensor (B, C, H, W)", lambda: _as_tensor(images)
+    )
+
+
+def _package(thing: Any) -> str:
+    return type(thing).__module__.split(".")[0]
+
+
+def _named(images: Any) -> str:
+    """What it is, and of a list what is in it."""
+    kind = type(images).__name__
+    if isinstance(images, (list, tuple)) and images:
+        return f"a {kind} of {type(images[0]).__name__}"
+    return f"a {kind}"
+
+
+def _as_tensor(images: Any) -> str:
+    """The line that makes a tensor of what is at hand."""
+    to_tensor = "torchvision.transforms.functional.to_tensor"
+    if isinstance(images, (list, tuple)) and images:
+        first: Any = images[0]
+        if isinstance(first, Tensor):
+            return "images[0]  # of (images, labels)" if first.ndim == 4 else "torch.stack(list(images))"
+        if _package(first) == "PIL":
+            return f"torch.stack([{to_tensor}(image) for image in images])"
+        return "torch.stack([torch.as_tensor(image) for image in images])"
+    if _package(images) == "PIL":
+        return f"{to_tensor}(images)[None]"
+    if _package(images) == "numpy":
+        last = getattr(images, "ndim", 0) == 4 and images.shape[-1] in (1, 3)  # channels last, as images are stored
+        return "torch.from_numpy(images)" + (".permute(0, 3, 1, 2)" if last else "")
+    return "torch.stack(list(images))"

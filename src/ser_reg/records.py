@@ -26,18 +26,18 @@ def atomically(path: str | Path) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomically(f"{folder}/result.json") as part:
-        ...         _ = part.write_text("{}")
-        ...     [file.name for file in Path(folder).iterdir()]
+        ...     with atomically(f"{folder}/result.json") as file:
+        ...         _ = file.write_text("{}")
+        ...     [path.name for path in Path(folder).iterdir()]
         ['result.json']
     """
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield part
-        os.replace(part, path)
+        yield unfinished
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, Any]:

@@ -1,6 +1,22 @@
 """Fixtures that several tests of the examples share."""
 
+import signal
+import sys
+from pathlib import Path
+
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """A training takes the GPU if there is one, and SIGTERM for itself."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

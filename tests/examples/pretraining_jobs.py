@@ -1,7 +1,8 @@
 """Reference trainings by name and flags, one after another in the same processes.
 
-Tests call `train_job`, and for several processes ``torchrun --standalone --nproc-per-node N tests/pretraining_jobs.py
-JOBS.json``, so that the start of Python is paid for once. Whole scripts are run by test_pretraining_runs.py.
+Tests call `train_job`, and for several processes ``torchrun --standalone --nproc-per-node N
+tests/examples/pretraining_jobs.py JOBS.json``, so that the start of Python is paid for once. Whole scripts are run by
+test_pretraining_runs.py.
 """
 
 from __future__ import annotations
@@ -16,31 +17,43 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from pretraining.distributed import place
+from pretraining.base import BaseMethod
 from pretraining.loop import train
 from pretraining.schedules import Moment
 from pretraining.settings import Settings, parse
+from pretraining.term import TERMS
 from torch import Tensor, nn
 
-__all__ = ["GRADIENTS", "METHODS", "TINY", "parsed", "train_job", "without_batch_statistics"]
+from ser_reg.distributed import rank_and_world_size
+
+__all__ = ["GRADIENTS", "METHODS", "TINY", "lines", "parsed", "train_job", "without_batch_statistics"]
 
 METHODS = ("moco_v3", "dino", "barlow_twins")
 TINY = (
-    "--preset small --steps 3 --batch-size 16 --width 24 --depth 3 --heads 2 --hidden 32 --projection-dim 16 "
-    "--log-every 1 --knn-every 0 --tracker none --warmup-epochs 0"
+    "--preset small --steps 3 --batch-size 16 --width 24 --depth 3 --heads 2 --hidden 32 --log-every 1 --knn-every 0 "
+    "--tracker none --warmup-epochs 0"
 )
+NARROW = {"ser": ("--term.projection-dim", "16")}  # flags of a term
 GRADIENTS = "gradients.pt"  # in the output folder: of the first step
+TIMES = {"images_per_second", "data_wait"}
 
 
 def parsed(method: str, flags: Sequence[object] = ()) -> Settings:
-    """Tiny settings of a method, and other flags on top of them."""
-    module = importlib.import_module(method)
-    return parse(module.PRESETS, f"{method}.py", [*TINY.split(), *map(str, flags)])
+    """Tiny settings of a method, and other flags on top of them; the word of a term, if any, comes first."""
+    module, typed = importlib.import_module(method), list(map(str, flags))
+    word = typed.pop(0) if typed and typed[0] in TERMS else "ser"
+    return parse(module.PRESETS, f"{method}.py", [word, *TINY.split(), *NARROW.get(word, ()), *typed])
+
+
+def lines(folder: Path, without: set[str] = TIMES) -> list[dict[str, Any]]:
+    """What metrics.jsonl in a run's folder has, but for times."""
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in without} for line in found]
 
 
 def train_job(
@@ -61,14 +74,14 @@ def train_job(
         stop_after: steps, of which the last is interrupted by SIGTERM.
         each_step: called ahead of each.
     """
-    settings = parsed(method, flags)
+    module, settings = importlib.import_module(method), parsed(method, flags)
 
-    def build(settings: Settings) -> Any:
-        made = importlib.import_module(method).build(settings)
+    def build(settings: Settings) -> BaseMethod:
+        made = module.build(settings)
         if not batch_statistics:
             without_batch_statistics(made)
         if gradients:
-            _watch(made, "before_update", lambda moment: _keep(made, moment, settings.output_dir / GRADIENTS))
+            _watch(made, "before_update", lambda moment: _keep(made, moment, settings.run.output_dir / GRADIENTS))
         if stop_after is not None:
             _watch(made, "before_step", lambda moment: _stop(moment.step + 1 == stop_after))
         if each_step is not None:
@@ -77,19 +90,19 @@ def train_job(
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    train(method, settings, build)
+    train(method, settings, build, module.recipes)
 
 
 def without_batch_statistics(module: nn.Module) -> nn.Module:
     """Layer norm in place of batch norm: each process has its own batch statistics on CPUs, where `nn.SyncBatchNorm`
     does not run, and then results would depend on how many processes there are."""
-    for name, part in module.named_children():
-        if isinstance(part, nn.BatchNorm1d):
-            norm = nn.LayerNorm(part.num_features, elementwise_affine=part.affine)
-            trained = all(p.requires_grad for p in part.parameters())  # not in a momentum branch
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d):
+            norm = nn.LayerNorm(child.num_features, elementwise_affine=child.affine)
+            trained = all(p.requires_grad for p in child.parameters())  # not in a momentum branch
             setattr(module, name, norm.requires_grad_(trained))
         else:
-            without_batch_statistics(part)
+            without_batch_statistics(child)
     return module
 
 
@@ -110,12 +123,12 @@ def _stop(now: bool) -> None:
 
 
 def _keep(method: nn.Module, moment: Moment, path: Path) -> None:
-    def whole(grad: Tensor) -> Tensor:
+    def full(grad: Tensor) -> Tensor:
         return grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
 
     if moment.step == 0:
-        found = {name: whole(p.grad) for name, p in method.named_parameters() if p.grad is not None}
-        if place()[0] == 0:
+        found = {name: full(p.grad) for name, p in method.named_parameters() if p.grad is not None}
+        if rank_and_world_size()[0] == 0:
             torch.save(found, path)
 
 

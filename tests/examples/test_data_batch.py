@@ -1,8 +1,6 @@
 """Views and batches: functions of their requests, whatever the process, the number of ranks or the worker."""
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import torch
 from pictures_on_disk import Pictures, picture, write_shards
 from PIL import Image
 from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 pytest.importorskip("braceexpand")
 pytest.importorskip("skimage")

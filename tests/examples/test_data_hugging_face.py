@@ -1,14 +1,10 @@
 """Data sets of the `datasets` library."""
 
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures_on_disk import encoded, picture, write_parquet
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("braceexpand")

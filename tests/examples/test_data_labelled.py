@@ -1,14 +1,10 @@
 """Images and labels for evaluations, and those of them that cannot be read."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pictures_on_disk import Pictures, picture
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")

@@ -1,9 +1,7 @@
 """The views of the examples: each operation as often and as strong as published, with Pillow's arithmetic."""
 
 import re
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +9,14 @@ import torch
 from pictures_on_disk import picture
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+for package in ("accelerate", "rich", "skimage", "sklearn", "torchvision", "tyro"):
+    pytest.importorskip(package)
 
-pytest.importorskip("torchvision")
-
-from data.recipe import (
+import barlow_twins  # noqa: E402
+import dino  # noqa: E402
+import moco_v3  # noqa: E402
+from data.recipe import (  # noqa: E402
     BICUBIC,
-    BILINEAR,
     GaussianBlur,
     evaluation_transform,
     normalise,
@@ -25,19 +24,15 @@ from data.recipe import (
     training_crop,
 )
 
-from ser_reg import SERError
+from ser_reg import SERError  # noqa: E402
 
-# As the official repositories have them; DINO's area is another one beside local views.
-AREA = {"moco_v3": (0.08, 1), "dino": (0.14, 1), "barlow_twins": (0.08, 1)}
-AREA_BESIDE_LOCALS = AREA | {"dino": (0.4, 1)}
-RESAMPLING = {"moco_v3": BILINEAR, "dino": BICUBIC, "barlow_twins": BICUBIC}
-METHODS = tuple(AREA)
+SCRIPTS = {"moco_v3": moco_v3, "dino": dino, "barlow_twins": barlow_twins}
 
 
-def policy(method, size, area=None, local_views=0, **more):
-    """Recipes of the views of a base method."""
-    area = area or (AREA_BESIDE_LOCALS if local_views else AREA)[method]
-    return recipes(size, area, RESAMPLING[method], local_views=local_views, **more)
+def policy(method, size, **changes):
+    """Recipes of the views of a base method, for its paper's settings but for these."""
+    script = SCRIPTS[method]
+    return script.recipes(script.PRESETS["paper"].but(image_size=size, **changes))
 
 
 @pytest.fixture
@@ -136,10 +131,11 @@ def test_blur_is_pillows():
     assert np.array_equal(out, picture(0).filter(ImageFilter.GaussianBlur(radius)))
 
 
+OFFICIAL_AREAS = {"moco_v3": (0.08, 1), "dino": (0.14, 1), "barlow_twins": (0.08, 1)}
 OFFICIAL_RESAMPLING = {"moco_v3": "BILINEAR", "dino": "BICUBIC", "barlow_twins": "BICUBIC"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_crops_are_pillows(method):
     image, areas, ratios = picture(2, (80, 80)), [], []  # a square, of which a crop can have any area
     for view in policy(method, 32)[0]:
@@ -158,7 +154,7 @@ def test_crops_are_pillows(method):
             out = view.crops(image)
             assert out.dtype == torch.uint8
             assert np.array_equal(out.permute(1, 2, 0), expected)
-    low, high = AREA[method]
+    low, high = OFFICIAL_AREAS[method]
     assert low - 0.01 < min(areas) < low + 0.05
     assert 0.9 < max(areas) <= high
     assert 0.7 < min(ratios) < 0.8
@@ -166,26 +162,31 @@ def test_crops_are_pillows(method):
 
 
 @pytest.mark.parametrize(
-    ("settings", "area", "local_area"),
+    ("settings", "area"),
     [
-        ({"method": "dino", "local_views": 8, "local_area": (0.05, 0.4)}, (0.4, 1), (0.05, 0.4)),
-        ({"method": "dino"}, (0.14, 1), None),
-        ({"method": "dino", "area": (0.25, 1)}, (0.25, 1), None),
-        ({"method": "moco_v3", "local_views": 4}, (0.08, 1), (0.05, 0.25)),
-        ({"method": "moco_v3", "local_views": 4, "local_area": (0.05, 0.14)}, (0.08, 1), (0.05, 0.14)),
-        ({"method": "barlow_twins", "local_views": 4}, (0.08, 1), (0.05, 0.25)),
+        ({"method": "dino", "local_views": 8}, (0.4, 1)),
+        ({"method": "dino"}, (0.14, 1)),
+        ({"method": "dino", "crop_min": 0.25}, (0.25, 1)),
+        ({"method": "moco_v3", "local_views": 4}, (0.08, 1)),
+        ({"method": "barlow_twins", "local_views": 4}, (0.08, 1)),
     ],
 )
-def test_areas_and_sizes(settings, area, local_area):
+def test_areas_and_sizes(settings, area):
     views, local_views = policy(size=224, **settings)
     assert [view.crop.scale for view in views] == [area] * 2
-    assert [view.crop.scale for view in local_views] == [local_area] * settings.get("local_views", 0)
+    assert [view.crop.scale for view in local_views] == [(0.05, 0.25)] * settings.get("local_views", 0)
     assert [view.crops(picture(0)).shape for view in views] == [(3, 224, 224)] * 2
     assert {view.whole(picture(0)).shape for view in local_views} <= {(3, 96, 96)}
     assert {view.crop.interpolation for view in local_views} <= {views[0].crop.interpolation}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("local_area", [(0.05, 0.4), (0.05, 0.14)])
+def test_areas_of_local_views(local_area):
+    views, local_views = recipes(224, (0.4, 1), BICUBIC, local_views=8, local_area=local_area)
+    assert [view.crop.scale for view in views + local_views] == [(0.4, 1)] * 2 + [local_area] * 8
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
 def test_whole_images_are_neither_cropped_nor_flipped(method):
     image = Image.new("RGB", (90, 60), (90, 90, 90))
     marks = {(0, 0): (250, 0, 0), (80, 0): (0, 250, 0), (0, 50): (0, 0, 250), (80, 50): (250, 250, 0)}

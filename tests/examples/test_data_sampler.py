@@ -1,12 +1,8 @@
 """Which images a batch has, and which of them are seen whole."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 pytest.importorskip("torchvision")
 

@@ -1,15 +1,11 @@
 """WebDataset shards, and the patterns that name them."""
 
 import gzip
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures_on_disk import encoded, picture, write_shards, write_tar
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 pytest.importorskip("braceexpand")
 pytest.importorskip("skimage")

@@ -2,7 +2,6 @@
 
 import pickle
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from pictures_on_disk import encoded, picture, write_folder, write_parquet, write_shards, write_tar
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("braceexpand")

@@ -14,8 +14,6 @@ from encoder_to_judge import CLASSES, LATE, TINY, picture
 from PIL import Image
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)
 

@@ -1,14 +1,10 @@
 """Accuracy of frozen features: k-NN against scikit-learn's, and classifiers that find what is there and no more."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

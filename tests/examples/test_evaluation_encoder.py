@@ -1,14 +1,9 @@
 """The encoder that is judged: [CLS] joins where it did in training, sizes that it takes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from encoder_to_judge import LATE, TINY
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

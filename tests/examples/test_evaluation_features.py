@@ -2,15 +2,11 @@
 
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from encoder_to_judge import TINY, picture
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

@@ -1,14 +1,10 @@
 """Random crops that do not depend on the number of processes, and fine-tuning that goes on where it was stopped."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from encoder_to_judge import LATE
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

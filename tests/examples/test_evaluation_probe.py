@@ -1,14 +1,10 @@
 """What a linear classifier reads off features of turns and flips: what is there, and no more."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

@@ -1,14 +1,9 @@
 """Images of the same classes from elsewhere: which folders are taken, and among which classes is chosen."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from encoder_to_judge import picture
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)

@@ -13,23 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 pytest.importorskip("accelerate")
-pytest.importorskip("braceexpand")
-pytest.importorskip("rich")
-pytest.importorskip("skimage")
-pytest.importorskip("sklearn")
-pytest.importorskip("torchvision")
-pytest.importorskip("tyro")
 
-from pretraining_jobs import GRADIENTS, METHODS, TINY, train_job
-from test_pretraining import _on_cpu, lines, picture  # noqa: F401  (a fixture)
+from pictures_on_disk import picture
+from pretraining_jobs import GRADIENTS, METHODS, TINY, lines, train_job
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+import ser_reg
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_cpu")]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 JOBS = Path(__file__).with_name("pretraining_jobs.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-SAME = ("loss", "base", "ser", "ser_chance", "learning_rate")
+SAME = ("loss", "base", "term", "term_chance", "learning_rate")
 
 
 def start(*command, processes=None):
@@ -61,6 +56,12 @@ def script(method, *flags, processes=None):
     return start(EXAMPLES / f"{method}.py", *TINY.split(), *flags, processes=processes)
 
 
+def own_warnings(err):
+    """Lines that warn about a file of this project. Other packages may warn of what they are going to change."""
+    folders = (str(EXAMPLES), str(Path(ser_reg.__file__).parent))
+    return [line for line in err.splitlines() if "Warning: " in line and any(folder in line for folder in folders)]
+
+
 def wait_for_lines(process, folder, count, seconds=200):
     end = time.monotonic() + seconds
     path = folder / "metrics.jsonl"
@@ -76,19 +77,19 @@ def wait_for_lines(process, folder, count, seconds=200):
 DDP = {
     "moco_v3": [
         [],
-        ["--partition-ratio", 5 / 16],  # shares of b2 that differ
+        ["--term.ratio", 5 / 16],  # shares of b2 that differ
         ["--local-views", 4],
-        ["--ser-target", "momentum", "--all-layers"],
+        ["--term.target", "momentum", "--term.all-layers"],
         ["--accumulate", 2],
-        ["--partition-ratio", 2 / 16, "--local-views", 4],  # on four processes, two have none of b2
+        ["--term.ratio", 2 / 16, "--local-views", 4],  # on four processes, two have none of b2
     ],
     "dino": [
         ["--knn-every", 0.02],
-        ["--partition-ratio", 5 / 16, "--ser-target", "momentum"],
+        ["--term.ratio", 5 / 16, "--term.target", "momentum"],
         ["--local-views", 4, "--accumulate", 2],
-        ["--partition-ratio", 0],
+        ["none"],
     ],
-    "barlow_twins": [[], ["--partition-ratio", 5 / 16, "--ser-lambda", 0], ["--local-views", 4, "--all-layers"]],
+    "barlow_twins": [[], ["--term.ratio", 5 / 16, "--term.weight", 0], ["--local-views", 4, "--term.all-layers"]],
 }
 CASES = [(method, number) for method, cases in DDP.items() for number in range(len(cases))]
 FOUR = [("moco_v3", 1), ("moco_v3", 5), ("dino", 1), ("barlow_twins", 2)]
@@ -97,7 +98,7 @@ FOUR = [("moco_v3", 1), ("moco_v3", 5), ("dino", 1), ("barlow_twins", 2)]
 def job(method, flags, folder, **more):
     """Clipping is left out: it would hide gradients that are wrong by a factor, as Adam does."""
     plain = ["--clip", None, *(["--drop-path", 0] if method == "dino" else [])]
-    flags = [*plain, *flags, "--output-dir", folder]
+    flags = [*flags, *plain, "--output-dir", folder]  # the word of a term comes first
     return {"method": method, "flags": list(map(str, flags)), "batch_statistics": False, **more}
 
 
@@ -112,7 +113,7 @@ def launch(jobs, folder, processes):
 def unreadable(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(20):
-        picture(folder / f"{i:02}.png", i)
+        picture(i, (48, 40)).save(folder / f"{i:02}.png")
     for i in (3, 4, 9):
         (folder / f"{i:02}.png").write_bytes(b"no picture")
     return folder
@@ -147,14 +148,14 @@ def assert_same(folder, other):
 
 
 def assert_same_gradients(folder, other):
-    ours, others = (torch.load(place / GRADIENTS, weights_only=True) for place in (folder, other))
+    ours, others = (torch.load(path / GRADIENTS, weights_only=True) for path in (folder, other))
     assert ours.keys() == others.keys()
     assert len(ours) > 30
     for name, gradient in ours.items():
-        assert torch.allclose(gradient, others[name], rtol=1e-3, atol=1e-6), name
+        error, size = (gradient - others[name]).norm(), others[name].norm()  # small entries are sums that cancel
+        assert error <= 1e-5 * size + 1e-6, f"{name}: off by {error / size:.1e} of its norm"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "number"), CASES)
 def test_two_processes_train_as_one(tmp_path, on_two, method, number):
     train_job(**job(method, DDP[method][number], tmp_path / "one", gradients=True))
@@ -162,7 +163,6 @@ def test_two_processes_train_as_one(tmp_path, on_two, method, number):
     assert_same_gradients(on_two / f"{method}{number}", tmp_path / "one")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sharded_parameters_train_as_whole_ones(on_two, method):
     assert_same(on_two / f"{method}_fsdp", on_two / f"{method}0")
@@ -174,25 +174,21 @@ def test_sharded_parameters_train_as_whole_ones(on_two, method):
         torch.testing.assert_close(value, others[name], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.slow
 def test_stopped_sharded_training_goes_on(on_two):
     assert_same(on_two / "stopped_fsdp", on_two / "dino_fsdp")
 
 
-@pytest.mark.slow
 def test_training_goes_on_with_another_number_of_processes(tmp_path, on_two):
     train_job(**job("dino", ["--steps", 4], tmp_path / "one"))
     assert_same(on_two / "moved", tmp_path / "one")
 
 
-@pytest.mark.slow
 def test_unreadable_images_of_all_processes_are_counted_once(on_two, unreadable):
     found = (on_two / "unreadable" / "unreadable.txt").read_text().splitlines()
     assert sorted(found) == [str(unreadable / f"{i:02}.png") for i in (3, 4, 9)]
     assert "3 images could not be read" in (on_two / "output").read_text()
 
 
-@pytest.mark.slow
 def test_four_processes_train_as_one(tmp_path):
     launch([job(m, DDP[m][n], tmp_path / f"{m}{n}", gradients=True) for m, n in FOUR], tmp_path, 4)
     for method, number in FOUR:
@@ -205,7 +201,6 @@ def test_four_processes_train_as_one(tmp_path):
 # The scripts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "processes"), [("moco_v3", 2), ("dino", None), ("barlow_twins", 2)])
 def test_script_trains_as_it_is(tmp_path, method, processes):
     code, out, err = finish(script(method, "--output-dir", tmp_path / "run", processes=processes))
@@ -220,24 +215,22 @@ def test_script_trains_as_it_is(tmp_path, method, processes):
     assert len(lines(tmp_path / "run")) == 3
     assert out.count("1,920 images; 3 steps of 16 images, 4 of them whole") == 1
     assert "Traceback" not in err
-    assert "Warning" not in err
+    assert not own_warnings(err)
 
 
-@pytest.mark.slow
 def test_script_says_what_to_type(tmp_path):
     flags = ["--batch-size", 15, "--output-dir", tmp_path / "run"]
-    running = [script("moco_v3", "--layer", 9), script("dino", *flags, processes=2)]
+    running = [script("moco_v3", "--term.layer", 9), script("dino", *flags, processes=2)]
     (code, _, err), (shared, _, said) = map(finish, running)
     assert code == 1
     assert err.startswith("moco_v3.py\n  given:    layer=9 of an encoder of 3 blocks")
-    assert "remedy:   python examples/moco_v3.py --layer 3" in err
+    assert "remedy:   python examples/moco_v3.py ser --term.layer 3" in err
     assert "Traceback" not in err
     assert shared != 0
     assert "remedy:   --batch-size 1" in said
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_killed_training_goes_on_bit_for_bit(tmp_path):
     """At random moments, writing a checkpoint as likely as not; dropped paths are drawn anew."""
     flags = ["--steps", 14, "--epochs", 2, "--drop-path", 0.3, "--checkpoint-minutes", 0, "--output-dir"]
@@ -263,7 +256,6 @@ def test_killed_training_goes_on_bit_for_bit(tmp_path):
     assert not list((tmp_path / "killed").glob(".*checkpoint*"))
 
 
-@pytest.mark.slow
 def test_sigterm_to_all_processes_leaves_a_checkpoint(tmp_path):
     """As schedulers send it, and torchrun passes it on: to those that prepare images as well."""
     folder = tmp_path / "run"

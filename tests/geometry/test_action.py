@@ -175,3 +175,19 @@ def test_bad_input_says_what_to_type(make, text):
     with pytest.raises(SERError) as caught:
         make()
     assert text in str(caught.value)
+
+
+def test_no_map_has_a_size_all_the_same():
+    x = torch.zeros(0, 3, 4, 8, requires_grad=True)
+    for g, size in ((GroupElement.turn(1), (8, 4)), (GroupElement.scaling(0.5, 2), (2, 16))):
+        moved = act(g, x)
+        assert moved.shape == (0, 3, *size)
+        moved.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "pair", [(GroupElement.turn(1), [1]), (1, torch.zeros(1, 1, 2, 2)), (GroupElement.turn(1), None)]
+)
+def test_other_things_than_elements_and_maps_are_named(pair):
+    with pytest.raises(SERError, match="a GroupElement and a tensor"):
+        act(*pair)

@@ -1,4 +1,4 @@
-"""Sections: what they find, and that another one is a file and a line."""
+"""Sections: what they find, and that another one is a file and a line of the list."""
 
 import os
 import shutil
@@ -91,13 +91,11 @@ def test_a_section_is_a_file_and_a_line(tmp_path):
     shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
     (copied / "report" / "dummy.py").write_text(DUMMY)
     sections = copied / "report" / "sections.py"
-    sections.write_text(
-        f"{sections.read_text()}SECTIONS.append(__import__('ser_reg.report.dummy').report.dummy.Dummy())"
-    )
-    changed = [
-        path for path in copied.rglob("*") if path.is_file() and not same(path, package / path.relative_to(copied))
-    ]
-    assert sorted(path.name for path in changed) == ["dummy.py", "sections.py"]
+    listed = sections.read_text().replace("    Maps(),\n", "    Maps(),\n    Dummy(),\n")
+    sections.write_text(listed.replace("from .maps", "from .dummy import Dummy\nfrom .maps"))
+    files = [path.relative_to(copied) for path in copied.rglob("*") if path.is_file()]
+    changed = [str(path) for path in files if not same(copied / path, package / path)]
+    assert sorted(changed) == [os.path.join("report", name) for name in ("dummy.py", "sections.py")]
     paths = os.pathsep.join([str(tmp_path / "src"), str(Path(__file__).parent)])
     command = [sys.executable, "-c", RUN, str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})

@@ -1,8 +1,12 @@
 """The policy T_eq: what is shared within a view, what is drawn for each sample, and that it all fits together."""
 
+import random
+
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from ser_reg import IMAGENET, EquivariantViews, GroupElement, SERError, act, relation
 
@@ -131,7 +135,10 @@ def test_photometric_part_is_independent_per_view_and_before_the_geometry():
         return images.add_(len(seen))  # in place, as some do
 
     images = torch.zeros(2, 3, 24, 24)
-    view1, view2 = EquivariantViews(PATCH, photometric=record)(images)
+    make_views = EquivariantViews(PATCH, photometric=record)
+    make_views(images)
+    seen.clear()  # the first call looked at what the part does
+    view1, view2 = make_views(images)
     assert len(seen) == 2
     assert all(torch.equal(x, torch.zeros_like(x)) for x in [*seen, images])
     torch.testing.assert_close(view1.images, torch.ones_like(view1.images))
@@ -154,6 +161,16 @@ def test_no_image_still_has_a_grid():
         (lambda: EquivariantViews(16.0), "patch_size=16.0"),
         (lambda: EquivariantViews(scale=(1.3, 0.7)), "scale=(0.7, 1.3)"),
         (lambda: EquivariantViews(4, photometric=lambda x: x[..., 1:])(torch.rand(2, 3, 24, 24)), "keeps the shape"),
+        (lambda: EquivariantViews(4, photometric=lambda x: (x, x))(torch.rand(2, 3, 24, 24)), "a tuple from the phot"),
+        (lambda: EquivariantViews(4, photometric=lambda x: None)(torch.rand(2, 3, 8, 8)), "a NoneType from the photom"),
+        (lambda: EquivariantViews(scale=0.7), "scale=0.7"),
+        (lambda: EquivariantViews(ratio=(1, 2, 3)), "ratio=(1, 2, 3)"),
+        (lambda: EquivariantViews(rotations="no"), "rotations='no'"),
+        (lambda: EquivariantViews(flips=1), "flips=1"),
+        (lambda: EquivariantViews(normalize=IMAGENET)(255 * torch.rand(2, 3, 32, 32)), "make_views(images / 255)"),
+        (lambda: EquivariantViews()([torch.rand(2, 3, 32, 32), torch.ones(2)]), "images[0]  # of (images, labels)"),
+        (lambda: EquivariantViews()(torch.rand(2, 3, 32, 32).numpy()), "torch.from_numpy(images)"),
+        (lambda: EquivariantViews()([Image.new("RGB", (32, 32))]), "to_tensor(image) for image in images"),
     ],
 )
 def test_bad_input_says_what_to_type(make, text):
@@ -196,3 +213,64 @@ def test_normalises_last():
     plain, normalised = (EquivariantViews(PATCH, normalize=n).render(images, plan)[0].images for n in (None, IMAGENET))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     torch.testing.assert_close(normalised * std + mean, plain)
+
+
+PHOTOMETRIC = {
+    "jitter": v2.ColorJitter(0.4, 0.4, 0.2, 0.1),
+    "jitter that may take all contrast away": v2.ColorJitter(contrast=1.0),
+    "grey": v2.RandomGrayscale(0.5),
+    "blur": v2.GaussianBlur(5, (0.1, 2.0)),
+    "solarize": v2.RandomSolarize(0.5, 0.5),
+    "invert": v2.RandomInvert(),
+    "normalise": v2.Normalize(*IMAGENET),
+    "noise": v2.GaussianNoise(sigma=0.1) if hasattr(v2, "GaussianNoise") else v2.Identity(),
+    "erasing": v2.RandomErasing(),
+    "constant": torch.zeros_like,
+}
+MOVING = {
+    "flip": v2.RandomHorizontalFlip(),
+    "flip, seldom": v2.RandomApply([v2.RandomHorizontalFlip(1.0)], 0.5),
+    "vertical flip": v2.RandomVerticalFlip(1.0),
+    "turn": lambda x: torch.rot90(x, 1, (-2, -1)),
+    "transposition": lambda x: x.mT,
+    "other transposition": lambda x: torch.rot90(x.mT, 2, (-2, -1)),
+    "crop": v2.RandomResizedCrop(32, (0.2, 0.6)),
+    "any angle": v2.RandomRotation(40),
+    "translation": lambda x: x.roll(4, -1),
+    "flip and noise": lambda x: x.flip(-1) + 0.05 * torch.randn_like(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The photometric part draws once")
+@pytest.mark.parametrize("name", [*PHOTOMETRIC, *MOVING])
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
+def test_a_photometric_part_that_moves_geometry_is_found(name, size):
+    """A flip commutes with a flip, and yet makes the relation wrong."""
+    if name in MOVING and size != (32, 32) and name in ("turn", "transposition", "other transposition", "crop"):
+        return  # another shape, which says so by itself
+    for seed in range(10):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        states = torch.get_rng_state(), random.getstate()
+        make_views = EquivariantViews(PATCH, photometric=(PHOTOMETRIC | MOVING)[name])
+        if name in MOVING:
+            with pytest.raises(SERError, match="moves what is in the image"):
+                make_views(torch.rand(2, 3, *size))
+            continue
+        make_views(torch.rand(2, 3, *size), torch.Generator().manual_seed(0))
+        torch.manual_seed(seed)
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert states[1] == random.getstate()
+
+
+def test_a_part_that_draws_once_for_a_batch_is_told_and_one_that_draws_for_each_image_is_not(recwarn):
+    jitter = v2.ColorJitter(0.4, 0.4)
+    images = torch.rand(4, 3, 32, 32)
+    EquivariantViews(PATCH, photometric=lambda x: torch.stack([jitter(image) for image in x]))(images)
+    EquivariantViews(PATCH, photometric=v2.Normalize(*IMAGENET))(images)
+    EquivariantViews(PATCH)(images)
+    assert not list(recwarn)
+    make_views = EquivariantViews(PATCH, photometric=jitter)
+    with pytest.warns(UserWarning, match="torch.stack"):
+        make_views(images)
+    make_views(images)  # once

@@ -1,7 +1,6 @@
 """A backbone: what the library and its examples ask of a model, whatever its family.
 
-To add a family, write one file with a subclass of `Backbone` that defines what is abstract here, and add it to
-FAMILIES in `families.py`.
+To add a family, write one file with a subclass that defines what is abstract here, and add it to `families.py`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import SERError
+from ..errors import SERError, require_tensor
 
 __all__ = ["check_tensor", "first_convolution"]
 
@@ -26,8 +26,7 @@ def check_tensor(call: str, images: Any, embedding: nn.Module, channels: int) ->
         embedding: the module that is called with them.
         channels: C. Not checked if the embedding has no convolution, since then nothing but the model knows it.
     """
-    if not isinstance(images, Tensor):
-        raise SERError(call, _named(images), "a tensor (B, C, H, W)", _as_tensor(images))
+    require_tensor(call, images)
     shape = f"images of shape {tuple(images.shape)}"
     if images.ndim != 4:
         raise SERError(call, shape, "(B, C, H, W)", "images[None]" if images.ndim == 3 else "images.flatten(0, -4)")
@@ -43,33 +42,3 @@ def check_tensor(call: str, images: Any, embedding: nn.Module, channels: int) ->
         raise SERError(call, f"images on {images.device}", f"{device}, as the model", f'images.to("{device}")')
     if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
         raise SERError(call, given, f"{dtype}, as the model", f"images.to({dtype})")
-
-
-def _package(thing: Any) -> str:
-    return type(thing).__module__.split(".")[0]
-
-
-def _named(images: Any) -> str:
-    """What it is, and of a list what is in it."""
-    kind = type(images).__name__
-    if isinstance(images, (list, tuple)) and images:
-        return f"a {kind} of {type(images[0]).__name__}"
-    return f"a {kind}"
-
-
-def _as_tensor(images: Any) -> str:
-    """The line that makes a tensor of what is at hand."""
-    to_tensor = "torchvision.transforms.functional.to_tensor"
-    if isinstance(images, (list, tuple)) and images:
-        first: Any = images[0]
-        if isinstance(first, Tensor):
-            return "images[0]  # of (images, labels)" if first.ndim == 4 else "torch.stack(list(images))"
-        if _package(first) == "PIL":
-            return f"torch.stack([{to_tensor}(image) for image in images])"
-        return "torch.stack([torch.as_tensor(image) for image in images])"
-    if _package(images) == "PIL":
-        return f"{to_tensor}(images)[None]"
-    if _package(images) == "numpy":
-        last = getattr(images, "ndim", 0) == 4 and images.shape[-1] in (1, 3)  # channels last, as images are stored
-        return "torch.from_numpy(images)" + (".permute(0, 3, 1, 2)" if last else "")
-    return "torch.stack(list(images))"

@@ -81,8 +81,12 @@ class TimmStages(TimmModel):
             raise SERError(call, given, f"sides that tokens of {stride} x {stride} fill", remedy)
         return height // stride, width // stride
 
-    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def channels_first(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) of the model's own layout."""
         return x
+
+    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.channels_first(x)
 
     def run(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
         # Not by timm's forward_intermediates: it gives no map 0, which would need the stem, and its batch statistics,
@@ -91,7 +95,7 @@ class TimmStages(TimmModel):
         for layer in range(max(layers) + 1):
             x = self.stage(layer - 1, x) if layer else x
             if layer in layers:
-                found[layer] = self.as_map(x, (0, 0))
+                found[layer] = self.channels_first(x)
         return found
 
     def run_empty(self, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
@@ -146,7 +150,7 @@ class TimmSwin(TimmStages):
     def any_size(self) -> bool:
         return not self.model.patch_embed.strict_img_size
 
-    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def channels_first(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)
 
     def position_coding(self) -> list[str]:

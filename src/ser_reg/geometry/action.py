@@ -54,6 +54,8 @@ def act(g: GroupElement, x: Tensor, mode: str = "bicubic", *, antialias: bool = 
     """
     size = _check(g, x, mode)
     height, width = x.shape[-2:]
+    if not len(x):
+        return x.reshape(0, x.shape[1], *size)
     if len(g) == 1 < len(x):
         g = g[[0] * len(x)]
     parities = {turned for turned, *_ in g.kinds}
@@ -77,6 +79,9 @@ def act(g: GroupElement, x: Tensor, mode: str = "bicubic", *, antialias: bool = 
 
 def _check(g: GroupElement, x: Tensor, mode: str) -> tuple[int, int]:
     """Raise on bad input, return the output size."""
+    types = f"g is {type(g).__name__}, x is {type(x).__name__}"
+    fine = isinstance(g, GroupElement) and isinstance(x, Tensor)
+    require(fine, "act(g, x)", types, "a GroupElement and a tensor (B, C, H, W)", "act(GroupElement.turn(1), x)")
     batch = "act(g, x[None])" if x.ndim == 3 else "act(g, einops.rearrange(x, 'b (h w) d -> b d h w', h=h))"
     require(x.ndim == 4, "act(g, x)", f"x {tuple(x.shape)}", "a batch of maps (B, C, H, W)", batch)
     call = f"act(g, x) with len(g) = {len(g)}, x {tuple(x.shape)}"

@@ -347,5 +347,7 @@ def side_factors(area: Tensor, aspect: Tensor, scale: tuple[float, float], ratio
 
 def check_ranges(call: str, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     """Raise unless both are ranges of positive numbers, the smaller first."""
-    for name, (low, high), default in (("scale", scale, "(0.7, 1.3)"), ("ratio", ratio, "(3 / 4, 4 / 3)")):
-        require(0 < low <= high < math.inf, call, f"{name}={(low, high)}", "0 < low <= high", f"{name}={default}")
+    for name, ends, default in (("scale", scale, "(0.7, 1.3)"), ("ratio", ratio, "(3 / 4, 4 / 3)")):
+        pair = isinstance(ends, (tuple, list)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+        fine = pair and 0 < ends[0] <= ends[1] < math.inf
+        require(fine, call, f"{name}={ends!r}", "a pair (low, high) with 0 < low <= high", f"{name}={default}")

@@ -6,8 +6,9 @@ A new term is a file beside this one with a subclass of `Objective`, and a line 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from ..distributed import all_gather_counts, raise_on_all_ranks
 from ..errors import SERError, require
 from ..views.view import View
 
-__all__ = ["Objective", "Output"]
+__all__ = ["Objective", "Output", "check_numbers", "check_size", "matching"]
 
 
 class Output(NamedTuple):
@@ -27,7 +28,13 @@ class Output(NamedTuple):
     """Scalar, with gradient. Its weight λ belongs to your loop: ``loss = ssl_loss + 0.5 * term(z, views).loss``."""
     logs: dict[str, Tensor]
     """Detached scalars by name, on the device of the features, so that logging costs no wait until they are read; NaN
-    where this rank cannot know."""
+    where this rank cannot know. What to look at first comes first."""
+
+    def _no_number(self, other: object) -> NoReturn:
+        given, remedy = "an Output, which holds more than a number", "loss = loss + 0.5 * term(z, views).loss"
+        raise SERError("loss + term(z, views)", given, "its loss", remedy)
+
+    __add__ = __radd__ = __mul__ = __rmul__ = _no_number  # type: ignore[assignment]
 
 
 class Objective(nn.Module):
@@ -126,9 +133,7 @@ class Objective(nn.Module):
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         cast = [z.to(dtype) for z in features]
         if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
-            bad = [str(i) for i, z in enumerate(cast, start=1) if not z.detach().isfinite().all()]
-            given = f"NaN or infinity in the features of view {' and '.join(bad)}"
-            require(not bad, call, given, "finite features", "torch.autograd.set_detect_anomaly(True)")
+            check_numbers(call, cast)
         return cast
 
     def _check_map(self, call: str, name: str, z: Tensor, view: View) -> None:
@@ -157,7 +162,49 @@ class Objective(nn.Module):
         )
 
 
+def check_numbers(call: str, features: Sequence[Tensor]) -> None:
+    """Raise unless features are finite, and small enough to be squared."""
+    largest = [z.detach().abs().amax().item() if z.numel() else 0.0 for z in features]
+    bad = [str(i) for i, value in enumerate(largest, start=1) if not value < math.inf]
+    given = f"NaN or infinity in the features of view {' and '.join(bad)}"
+    require(not bad, call, given, "finite features", "torch.autograd.set_detect_anomaly(True)")
+    limit = torch.finfo(features[0].dtype).max ** 0.5 / 1e3  # a sum of a million squares is a number
+    given, expected = (
+        f"features up to {max(largest):.1e}",
+        f"numbers whose squares are none too large: up to {limit:.0e}",
+    )
+    require(max(largest) < limit, call, given, expected, "torch.nn.functional.layer_norm(z, z.shape[1:])")
+
+
 def check_size(call: str, name: str, value: object, remedy: str) -> None:
     """Raise unless a width is a positive whole number."""
     fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(fine, call, f"{name}={value!r}", "a positive whole number", remedy)
+
+
+def matching(tokens1: Tensor, tokens2: Tensor, images: int = 8) -> Tensor:
+    """How often a token's best match, among the tokens of its own image in the other view, is the one at its place.
+
+    The spatial reading of a dense term: negatives are tokens of other images, so that a term can be content with maps
+    that are constant over space, which match nowhere. Chance is 1/N. Ties count as none.
+
+    Args:
+        tokens1, tokens2: (B, N, D), aligned: token j of both at the same place.
+        images: at most so many are looked at, evenly spaced.
+
+    Returns:
+        Scalar in [0, 1], NaN without an image.
+
+    Example:
+        >>> z = torch.eye(6).reshape(2, 3, 6)
+        >>> matching(z, z), matching(z, z.roll(1, dims=1)), matching(z[:, :1].expand(2, 3, 6), z)
+        (tensor(1.), tensor(0.), tensor(0.))
+    """
+    some = torch.arange(min(images, len(tokens1))) * len(tokens1) // max(1, min(images, len(tokens1)))
+    x1, x2 = (nn.functional.normalize(z[some].detach().float(), dim=-1) for z in (tokens1, tokens2))
+    similar = x1 @ x2.mT
+    own = similar.diagonal(dim1=-2, dim2=-1)
+    own_place = torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)
+    best = similar.masked_fill(own_place, -math.inf).amax(-1)
+    hits: Tensor = (own > best + 1e-6).float().mean()
+    return hits

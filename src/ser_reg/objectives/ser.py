@@ -11,7 +11,7 @@ from ..errors import require
 from ..geometry import act
 from ..losses.ntxent import contrast
 from ..views.view import View, relation
-from .base import Objective, Output, check_size
+from .base import Objective, Output, check_size, matching
 
 __all__ = ["SERLoss"]
 
@@ -25,7 +25,9 @@ class SERLoss(Objective):
     The loss is that of the whole batch, whatever the number of ranks. The gradient should reach the encoder: hand over
     features that were not detached.
 
-    Logs: ``chance``, log of the number of candidates of an anchor, the loss when nothing is told apart; ``accuracy``,
+    Logs: ``matching``, how often a token's best match among the tokens of its own image in the other view is its own
+    place (of at most 8 images; chance 1/N): read this one first, as the others can be perfect without any equivariance;
+    ``chance``, log of the number of candidates of an anchor, the loss when nothing is told apart; ``accuracy``,
     how often the positive is the best match (of at most 256 anchors); ``feature_std``, the standard deviation over
     tokens of the unit-length projections, all dimensions together: 1 when directions spread evenly, 0 when all tokens
     have collapsed into one.
@@ -89,7 +91,8 @@ class SERLoss(Objective):
         tokens1, tokens2 = (self.projector(rearrange(z, "b d h w -> b (h w) d").to(dtype)) for z in (z1, z2))
         loss, chance, accuracy = contrast(tokens1, tokens2, self.temperature, group)
         spread = feature_std(torch.cat([tokens1, tokens2]).detach())
-        return Output(loss, {"chance": chance, "accuracy": accuracy, "feature_std": spread})
+        logs = {"matching": matching(tokens1, tokens2), "chance": chance, "accuracy": accuracy, "feature_std": spread}
+        return Output(loss, logs)
 
 
 def feature_std(tokens: Tensor) -> Tensor:

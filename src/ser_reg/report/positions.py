@@ -16,8 +16,9 @@ __all__ = ["Positions"]
 
 CAPTION = (
     "The same score of a copy that is told no places: every patch gets the mean of the absolute position embeddings, "
-    "and rotary embeddings and relative biases are switched off. Such a ViT treats patches in any order alike, so what "
-    "is left to 1 for turns and flips is what happens inside a patch; what lies between the two lines is due to positions."
+    "and rotary embeddings and relative biases are switched off. Such a ViT treats patches in any order alike, so "
+    "what is left to 1 for turns and flips is what happens inside a patch; what lies between the two lines is due to "
+    "positions."
 )
 
 

@@ -76,7 +76,7 @@ class Probes(Section):
     def draw(self, folder: Path, records: Records) -> list[Picture]:
         """Accuracy by layer, with the standard error over images, beside chance."""
         columns = transformations_in(records, "probes")
-        figure, (row,) = panels(1, columns, share=False)
+        figure, (row,) = panels(1, columns, shared_axis=False)
         for panel, column in zip(row, columns, strict=True):
             for i, record in enumerate(records.values()):
                 found = record["probes"].get(column, {})
@@ -92,8 +92,8 @@ class Probes(Section):
         return [Picture(path, f"Accuracy of probes on {', '.join(records)} by layer")]
 
     def caption(self, records: Records) -> str:
-        views = sorted({record["probe_views"] for record in records.values()})
-        return f"{CAPTION} Probes saw {' or '.join(map(str, views))} views of the images."
+        counts = sorted({record["probe_views"] for record in records.values()})
+        return f"{CAPTION} Probes saw {' or '.join(map(str, counts))} cuts of the images."
 
     def find(self, record: Record) -> list[str]:
         return [_best(name, layers) for name, layers in record["probes"].items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -83,29 +83,40 @@ def report(
         "environment": environment(device),
         "models": {},
     }
-    errors: list[Exception] = []
+
+    def ask(number: int, name: str, progress: Callable[..., None]) -> dict[str, Any]:
+        model = deepcopy(models[name]).eval()
+        model.to(device)
+        stem = folder / f"tokens_{number}"
+        subject = subject_of(name, model, list(photographs.values()), stem, **settings)
+        result["environment"] = environment(subject.pixels.device)
+        return measure(subject, progress)
+
     with Progress(disable=not progress) as bar:
-        for number, name in enumerate(models, 1):
-            task = bar.add_task(name, total=None)
-            try:
-                model = deepcopy(models[name]).eval()
-                model.to(device)
-                stem = folder / f"tokens_{number}"
-                subject = subject_of(name, model, list(photographs.values()), stem, **settings)
-                result["environment"] = environment(subject.pixels.device)
-                record = measure(subject, partial(bar.update, task))
-            except Exception as error:  # whatever it is, the other models are not to suffer
-                errors.append(error)
-                record = {"error": str(error) if isinstance(error, SERError) else f"{type(error).__name__}: {error}"}
-            result["models"][name] = record
-            bar.update(task, completed=1, total=1)
-            with atomically(folder / "report.json") as path:
-                path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if len(errors) == len(result["models"]):
-        raise errors[0]
+        _ask_all(models, ask, bar, result, folder / "report.json")
     with atomically(folder / "report.html") as path:
         path.write_text(write_page(result, folder), encoding="utf-8")
     return result
+
+
+def _ask_all(
+    models: Iterable[str], ask: Callable[..., dict[str, Any]], bar: Any, result: dict[str, Any], path: Path
+) -> None:
+    """Fill in the result, one model after the other, and write it each time; raise if every model failed."""
+    errors: list[Exception] = []
+    for number, name in enumerate(models, 1):
+        task = bar.add_task(name, total=None)
+        try:
+            record = ask(number, name, partial(bar.update, task))
+        except Exception as error:  # whatever it is, the other models are not to suffer
+            errors.append(error)
+            record = {"error": str(error) if isinstance(error, SERError) else f"{type(error).__name__}: {error}"}
+        result["models"][name] = record
+        bar.update(task, completed=1, total=1)
+        with atomically(path) as file:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if len(errors) == len(result["models"]):
+        raise errors[0]
 
 
 class NamedEncoders(Mapping[str, nn.Module]):

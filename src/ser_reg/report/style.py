@@ -59,11 +59,13 @@ def transformations_in(records: Records, key: str) -> list[str]:
     return [name for name in ("rotation", "flip", "scale") if any(name in record[key] for record in records.values())]
 
 
-def panels(rows: int, columns: list[str], share: bool = True) -> tuple[Figure, Any]:
-    """A figure of panels by layer, a column a transformation; `share`: one vertical axis a row."""
+def panels(rows: int, columns: list[str], shared_axis: bool = True) -> tuple[Figure, Any]:
+    """A figure of panels by layer, a column a transformation; `shared_axis`: one vertical axis a row."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.7 + 3.3 * len(columns), 0.9 + 2.6 * rows), layout="constrained")
-        return figure, figure.subplots(rows, len(columns), squeeze=False, sharex=True, sharey="row" if share else False)
+        return figure, figure.subplots(
+            rows, len(columns), squeeze=False, sharex=True, sharey="row" if shared_axis else False
+        )
 
 
 def draw_line(panel: Axes, i: int, scores: Mapping[int, Mapping[str, float]], reading: str, style: str) -> None:

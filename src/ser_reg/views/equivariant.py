@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..distributed import broadcast
-from ..errors import require
+from ..errors import require, require_tensor
 from ..geometry import GroupElement, act
 from ..geometry.elements import check_ranges, side_factors
+from .probe import check_output, probe
 from .view import View
 
 __all__ = ["EquivariantPlan", "EquivariantViews"]
@@ -88,9 +89,13 @@ class EquivariantViews:
         self.flips = flips
         self.photometric = photometric
         self.normalize = normalize
+        self._probed: Callable[[Tensor], Tensor] | None = None  # the photometric part that was looked at
+        for name, value in (("rotations", rotations), ("flips", flips)):
+            remedy = f"EquivariantViews({name}=True)"
+            require(isinstance(value, bool), call, f"{name}={value!r}", "True or False", remedy)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "_probed")
         return f"EquivariantViews({settings})"
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[View, View]:
@@ -106,6 +111,9 @@ class EquivariantViews:
                 changed the shape.
         """
         self._check(images)
+        if self.photometric is not None and self.photometric is not self._probed:
+            probe(self.photometric, images)
+            self._probed = self.photometric
 
         def view() -> View:
             grid = broadcast(self._draw_grid(generator), images.device)
@@ -148,6 +156,7 @@ class EquivariantViews:
 
     def _check(self, images: Tensor) -> None:
         call = f"{type(self).__name__}(patch_size={self.patch_size})(images)"
+        require_tensor(call, images)
         given = f"images {tuple(images.shape)}"
         require(images.ndim == 4, call, given, "a batch (B, C, H, W)", "make_views(images[None])")
         remedy = "make_views(images.float() / 255)"
@@ -161,19 +170,18 @@ class EquivariantViews:
             f"sides that a grid of patches fits when scaled by {smallest:.2f}",
             f"EquivariantViews(patch_size={max(1, int(min(height, width) * smallest))})",
         )
+        if self.normalize is not None and images.device.type == "cpu" and len(images):  # elsewhere the host would wait
+            low, high = (end.item() for end in images.aminmax())
+            expected = "values in [0, 1], to be normalised"
+            given = f"images with values from {low:.4g} to {high:.4g}"
+            require(low > -1 and high < 2, call, given, expected, "make_views(images / 255)  # or without normalize=")
 
     def _render(self, images: Tensor, elements: GroupElement, generator: torch.Generator | None) -> View:
         """One view; of no images it has the grid of the elements drawn for one."""
         if self.photometric is not None:
             with _seeded(generator, images.device):
                 changed = self.photometric(images.clone())  # it may work in place, and the other view comes after
-            require(
-                changed.shape == images.shape,
-                "EquivariantViews(photometric=...)(images)",
-                f"images {tuple(images.shape)}, after the photometric part {tuple(changed.shape)}",
-                "a photometric part that keeps the shape: a crop is no element of the group",
-                "EquivariantViews(photometric=v2.ColorJitter(0.4, 0.4, 0.2, 0.1))",
-            )
+            check_output(images, changed)
             images = changed
         if len(images):
             images = act(elements, images, antialias=True)

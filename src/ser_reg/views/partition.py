@@ -30,6 +30,10 @@ def partition_size(batch_size: int, ratio: float, world_size: int = 1) -> int:
     """
     call = f"partition_size(batch_size={batch_size}, ratio={ratio}, world_size={world_size})"
     expected = "a share of the batch, 0 to 1"
+    # Nobody who types 1 is known to mean all images, and one image has no negatives.
+    share = isinstance(ratio, float) or (ratio == 0 and not isinstance(ratio, bool))
+    remedy = "partition_size(batch_size, 0.01)  # 1 %; or 1.0 for all images"
+    require(share, call, f"ratio={ratio!r}, which may mean one image, 1 % or all", expected, remedy)
     require(0 <= ratio <= 1, call, f"ratio={ratio}", expected, "partition_size(batch_size, ratio=0.01)")
     given, remedy = f"{batch_size} images on {world_size} ranks", "partition_size(len(images), 0.01, world_size=1)"
     require(batch_size >= 1 and world_size >= 1, call, given, "at least one of each", remedy)

@@ -1,0 +1,135 @@
+"""One step: what is encoded, what the term compares, and where its gradient goes."""
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("accelerate")
+
+from pretraining.run import build_step, synchronise
+from pretraining_jobs import METHODS, lines, parsed, train_job
+from tiny_batches import batches
+
+from ser_reg import patch_tokens
+
+close = torch.testing.assert_close
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+def tiny_step(method, flags=()):
+    """A step, and the groups of its first batch."""
+    settings = parsed(method, flags)
+    return build_step(settings, importlib.import_module(method).build), next(batches(method, settings))
+
+
+def compared(head, encoders, views, layer=2):
+    """The term for two views, each in its own encoder."""
+    return head([patch_tokens(vit, view.images, layer) for vit, view in zip(encoders, views, strict=True)], views).loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_step_has_the_controls_base_loss(tmp_path, method):
+    for name, flags in (("term", ["--steps", 2]), ("control", ["--steps", 2, "--term.weight", 0])):
+        train_job(method, [*flags, "--output-dir", tmp_path / name])
+    term, control = lines(tmp_path / "term"), lines(tmp_path / "control")
+    assert term[0]["base"] == control[0]["base"] == control[0]["loss"]
+    assert term[1]["base"] != control[1]["base"]
+    assert term[0]["loss"] == pytest.approx(term[0]["base"] + 0.5 * term[0]["term"])
+    assert set(term[0]) - set(control[0]) == {"term", "term_chance", "term_accuracy", "term_feature_std"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", ["online", "momentum"])
+def test_gradient_of_the_term_reaches_its_head_and_the_blocks_ahead_of_its_layer_and_no_others(method, target):
+    if (method, target) == ("barlow_twins", "momentum"):
+        pytest.skip("no momentum encoder")
+    flags = ["--term.target", target, "--drop-path", 0, "--term.layer", 2, "--depth", 4]
+    gradients = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        step, groups = tiny_step(method, flags)
+        step.weight = weight
+        step(groups)["loss"].backward()
+        gradients.append({name: p.grad for name, p in step.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    reached = {name for name in gradients[0] if not torch.equal(gradients[0][name], gradients[1][name])}
+    early = ("heads.", "method.encoder.blocks.0.", "method.encoder.blocks.1.", "method.encoder.pos_embed")
+    expected = {name for name in gradients[0] if name.startswith((*early, "method.encoder.patch_embed"))}
+    # A bias of the keys shifts all logits of a softmax alike: its gradient is rounding alone, which may be the same.
+    assert expected - reached <= {name for name in expected if name.endswith("qkv.bias")}
+    assert reached <= expected, reached - expected
+    assert all(gradients[0][name].abs().max() == 0 for name in expected if name.startswith("heads."))
+    assert all(gradients[1][name].abs().max() > 0 for name in expected if name.startswith("heads."))
+
+
+def test_momentum_target_compares_each_trained_view_with_the_other_slow_view():
+    step, groups = tiny_step("moco_v3", ["--term.target", "momentum", "--depth", 4])
+    step.eval()
+    fast, slow = step.method.encoder, step.method.target
+    with torch.no_grad():
+        for p in slow.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    first, second = groups[1].views
+    (head,) = step.heads
+    one, two = (compared(head, (fast, slow), views) for views in ((first, second), (second, first)))
+    close(step(groups)["term"], (one + two).detach() / 2)
+
+
+def test_all_layers_have_heads_of_their_own_and_their_mean():
+    step, groups = tiny_step("dino", ["--term.all-layers"])
+    step.eval()
+    vit = step.method.encoder
+    losses = [compared(head, (vit, vit), groups[1].views, layer) for layer, head in enumerate(step.heads, start=1)]
+    assert len(losses) == 3
+    close(step(groups)["term"], torch.stack(losses).mean().detach())
+
+
+def test_pairs_of_local_views_count_as_the_global_pair():
+    step, groups = tiny_step("dino", ["--local-views", 4])
+    step.eval()
+    vit, views, (head,) = step.method.encoder, groups[1].views, step.heads
+    losses = [compared(head, (vit, vit), views[i : i + 2]) for i in (0, 2, 4)]
+    close(step(groups)["term"], torch.stack(losses).mean().detach())
+
+
+def test_embeddings_of_all_views_are_those_of_the_encoder_alone():
+    """One forward for all crops of a size, whatever order and size they have; b2 first."""
+    step, groups = tiny_step("barlow_twins", ["--local-views", 4])
+    step.eval()
+    method = step.method
+    out = method(groups, step._encode)
+    crops, wholes = (group.images for group in groups)
+    assert [crop.shape[-1] for crop in crops] == [32, 32, 16, 16, 16, 16]
+    assert len(out.trained.embeddings) == len(crops) == len(wholes) == 6
+    vit = method.encoder
+    for found, whole, crop in zip(out.trained.embeddings, wholes, crops, strict=True):
+        close(found, torch.cat([vit(whole), vit(crop)]), rtol=1e-4, atol=1e-5)
+    assert out.trained.features[0] == [{}] * 6  # crops were not recorded: nothing could be compared
+    assert [list(maps) for maps in out.trained.features[1]] == [[2]] * 6
+
+
+def test_local_views_never_go_through_the_momentum_encoder():
+    step, groups = tiny_step("dino", ["--local-views", 4])
+    sizes = []
+    step.method.target.register_forward_pre_hook(lambda vit, args: sizes.append(args[0].shape[0]))
+    step(groups)
+    assert sorted(sizes) == [4, 4, 24]  # the whole images of both global views, and their 2 x 12 crops
+
+
+def test_batch_statistics_are_those_of_all_processes_on_gpus():
+    """`nn.SyncBatchNorm` needs a GPU to run; that it is put in place can be seen without."""
+    for method in ("moco_v3", "barlow_twins"):
+        kinds = {}
+        for device in ("cpu", "cuda"):
+            done = synchronise(tiny_step(method)[0], 2, torch.device(device))
+            kinds[device] = Counter(
+                type(layer).__name__ for layer in done.modules() if "BatchNorm" in type(layer).__name__
+            )
+        assert set(kinds["cpu"]) == {"BatchNorm1d"}
+        assert set(kinds["cuda"]) == {"SyncBatchNorm"}
+        assert kinds["cpu"].total() == kinds["cuda"].total()
+        alone = synchronise(tiny_step(method)[0], 1, torch.device("cuda"))
+        assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in alone.modules())
