@@ -6,6 +6,7 @@ from processes import Here
 
 from ser_reg import GroupElement, SERError, View
 from ser_reg.objectives import OBJECTIVES, Objective, Output
+from ser_reg.objectives.base import matching
 
 
 class Distance(Objective):
@@ -60,3 +61,44 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all_even_if_the_term_gathers_not
         assert isinstance(answer, SERError), answer
         assert "on rank 1" in answer.call
         assert answer.given == "no image"
+
+
+def test_an_output_is_no_number():
+    out = Output(torch.ones(()), {})
+    for call in (lambda: torch.ones(()) + out, lambda: out + 1, lambda: 0.5 * out, lambda: out * 2, lambda: 1 + out):
+        with pytest.raises(SERError, match=r"0.5 \* term\(z, views\).loss"):
+            call()
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e30, "features up to 1.0e+30"), (float("inf"), "NaN or infinity")])
+def test_features_that_cannot_be_squared_are_no_features(value, text):
+    z = torch.randn(2, 3, 8, 4, 4)
+    z[1, 2, 3] = value
+    with pytest.raises(SERError, match=text.replace("+", r"\+")):
+        Distance(8).eval()(list(z), views(3))
+
+
+def test_matching_is_that_of_a_loop_over_the_images_looked_at():
+    z1 = torch.randn(20, 7, 6)
+    z2 = z1 + torch.randn(20, 7, 6)
+    hits = []
+    for image in [i * 20 // 8 for i in range(8)]:
+        for j in range(7):
+            cosines = [torch.cosine_similarity(z1[image, j], z2[image, k], dim=0).item() for k in range(7)]
+            hits.append(max(range(7), key=lambda k: cosines[k]) == j)
+    assert 0.2 < sum(hits) / len(hits) < 0.9
+    assert matching(z1, z2).item() == pytest.approx(sum(hits) / len(hits))
+    assert matching(z1[:0], z2[:0]).isnan()
+    shuffled = z2[:, torch.randperm(7)]
+    assert matching(z1, shuffled) < matching(z1, z2)
+
+
+def test_maps_that_are_constant_over_space_match_nowhere():
+    """Though everything else looks perfect: images are told apart, and negatives are of other images alone."""
+    z = 5 * torch.randn(6, 8, 1, 1).expand(6, 8, 4, 4)
+    out = OBJECTIVES["ser"](8).eval()([z, z.clone()], views(6))
+    assert next(iter(out.logs)) == "matching"
+    assert out.logs["accuracy"] == 1
+    assert out.logs["matching"] == 0
+    own = torch.randn(6, 8, 4, 4)
+    assert OBJECTIVES["ser"](8).eval()([own, own.clone()], views(6)).logs["matching"] == 1

@@ -127,6 +127,7 @@ def test_generator_owns_the_randomness_even_of_the_photometric_part():
     assert torch.equal(make_views(images)[0].images, third[0].images)
 
 
+@pytest.mark.filterwarnings("ignore:The photometric part draws once")
 def test_photometric_part_is_independent_per_view_and_before_the_geometry():
     seen = []
 

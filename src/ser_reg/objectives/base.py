@@ -30,11 +30,22 @@ class Output(NamedTuple):
     """Detached scalars by name, on the device of the features, so that logging costs no wait until they are read; NaN
     where this rank cannot know. What to look at first comes first."""
 
-    def _no_number(self, other: object) -> NoReturn:
-        given, remedy = "an Output, which holds more than a number", "loss = loss + 0.5 * term(z, views).loss"
-        raise SERError("loss + term(z, views)", given, "its loss", remedy)
+    def __add__(self, other: object) -> NoReturn:
+        raise _not_a_number()
 
-    __add__ = __radd__ = __mul__ = __rmul__ = _no_number  # type: ignore[assignment]
+    def __radd__(self, other: object) -> NoReturn:
+        raise _not_a_number()
+
+    def __mul__(self, other: object) -> NoReturn:
+        raise _not_a_number()
+
+    def __rmul__(self, other: object) -> NoReturn:
+        raise _not_a_number()
+
+
+def _not_a_number() -> SERError:
+    given, remedy = "an Output, which holds more than a number", "loss = loss + 0.5 * term(z, views).loss"
+    return SERError("loss + term(z, views)", given, "its loss", remedy)
 
 
 class Objective(nn.Module):
@@ -197,7 +208,7 @@ def matching(tokens1: Tensor, tokens2: Tensor, images: int = 8) -> Tensor:
 
     Example:
         >>> z = torch.eye(6).reshape(2, 3, 6)
-        >>> matching(z, z), matching(z, z.roll(1, dims=1)), matching(z[:, :1].expand(2, 3, 6), z)
+        >>> matching(z, z), matching(z, z.roll(1, dims=1)), matching(*2 * [z[:, :1].expand(2, 3, 6)])
         (tensor(1.), tensor(0.), tensor(0.))
     """
     some = torch.arange(min(images, len(tokens1))) * len(tokens1) // max(1, min(images, len(tokens1)))

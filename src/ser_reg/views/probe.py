@@ -55,7 +55,7 @@ def probe(photometric: Callable[[Tensor], Tensor], images: Tensor) -> None:
     spot = images.new_full((2, images.shape[1], CELLS, CELLS), GREY)
     spot[..., SPOT[0], SPOT[1]] = WHITE
     spot = F.interpolate(spot, (height, width), mode="nearest")
-    alike = 0
+    outcomes = []
     with _random_state_put_back(images.device):
         for _ in range(DRAWS):
             changed = photometric(spot.clone())
@@ -67,8 +67,9 @@ def probe(photometric: Callable[[Tensor], Tensor], images: Tensor) -> None:
                 "one that leaves every pixel where it is: else the relation of the views is wrong, without a word",
                 f"{REMEDY}  # without flips, crops and rotations, which are drawn here",
             )
-            alike += bool(torch.equal(changed[0], changed[1]) and not torch.equal(changed, spot))
-    if alike >= DRAWS // 2:
+            outcomes.append(changed)
+    draws = not all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
+    if draws and all(torch.equal(one, other) for one, other in outcomes):
         warnings.warn(
             "The photometric part draws once for all images of a batch. To draw for each: "
             "photometric=lambda images: torch.stack([transform(image) for image in images])",
