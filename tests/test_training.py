@@ -315,6 +315,7 @@ def test_fsdp2(run, eager):
 
 
 def one_rank_is_wrong(here: Here, wrong: str) -> None:
+    torch.manual_seed(0)
     z1, z2 = torch.randn(2, 2, DIM, 5, 6, requires_grad=True)
     views = [View(torch.empty(2, 0), GroupElement.identity(2), {}) for _ in range(2)]
     if here.rank == 1:
@@ -327,6 +328,30 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(run, wrong):
     for answer in run(2, one_rank_is_wrong, wrong):
         assert isinstance(answer, SERError), answer
         assert "on rank 1" in answer.call
+
+
+def unwrapped(here: Here, different: bool, calls: int, ahead: int) -> str:
+    """A projector that is the same on all ranks for the first `ahead` calls, then another if it is to be different."""
+    torch.manual_seed(0)
+    ser = SERLoss(DIM, projection_dim=8)
+    z = torch.randn(2, 2, DIM, 5, 6, requires_grad=True)
+    views = [View(torch.empty(2, 0), GroupElement.identity(2), {}) for _ in range(2)]
+    for call in range(calls):
+        if call == ahead and different:
+            with torch.no_grad():
+                next(ser.parameters()).add_(0.01 * here.rank)
+        ser(list(z), views, here.group)
+    return "no error"
+
+
+def test_a_term_that_drifts_apart_by_rank_is_found_in_its_first_calls(run):
+    assert run(2, unwrapped, False, 5, 0) == ["no error"] * 2
+    assert run(2, unwrapped, True, 5, 3) == ["no error"] * 2  # later calls cost nothing
+    for ahead in (0, 2):
+        for answer in run(2, unwrapped, True, 3, ahead):
+            assert isinstance(answer, SERError), answer
+            assert "sum of the term's parameters" in answer.given
+            assert "DistributedDataParallel(term)" in answer.remedy
 
 
 def check_on_a_rank(here: Here) -> None:

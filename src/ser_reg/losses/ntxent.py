@@ -27,7 +27,7 @@ from ..distributed import all_gather, all_gather_counts, mark_as_raised_on_all_r
 from ..errors import SERError
 from .streaming import accuracy, precision, stream, token_scale
 
-__all__ = ["Contrast", "PatchNTXent", "contrast", "patch_ntxent"]
+__all__ = ["Contrast", "PatchNTXent", "contrast", "largest_square", "largest_value", "patch_ntxent"]
 
 
 class Contrast(NamedTuple):
@@ -78,8 +78,9 @@ def patch_ntxent(
     Raises:
         SERError: z1 and z2 unlike in shape, dtype or device; not floating; no tokens; fewer than 2 images over
             all ranks; temperature not above 0; chunk_size below 1. Ranks that disagree, or of which one is given
-            such input: on every rank. Features that are not finite: on a CPU in eager mode; elsewhere looking
-            would make the host wait, and the loss is NaN. A gradient of the gradient: not implemented.
+            such input: on every rank. Features that are not finite, or too large to be squared: on a CPU in eager
+            mode; elsewhere looking would make the host wait, and the loss is NaN. A gradient of the gradient: not
+            implemented.
 
     Example:
         >>> z = torch.eye(6).reshape(2, 3, 6)  # 2 images of 3 tokens, all orthogonal
@@ -209,9 +210,24 @@ def _complaint(call: str, z1: Tensor, z2: Tensor, temperature: float, chunk_size
         return wrong("tokens with features", "z1 = patch_tokens(vit, images, layer).flatten(2).mT")
     if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
         for name, z in (("z1", z1.detach()), ("z2", z2.detach())):
-            # A finite sum proves finite features without a mask as large as they are; an infinite one nothing.
-            if not math.isfinite(z.sum()) and not z.isfinite().all():
+            if not largest_value(z) < math.inf:
                 bad = (~z.isfinite()).any(-1)
                 given = f"{name} with {int(bad.sum())} of {bad.numel()} tokens not finite"
                 return wrong("finite features", f"torch.isfinite({name}).all()  # and so on, upstream", given)
+            if largest_value(z) > largest_square(z):
+                given, expected = f"{name} with values up to {largest_value(z):.1e}", "numbers that can be squared"
+                return wrong(expected, f"torch.nn.functional.layer_norm({name}, {name}.shape[-1:])", given)
     return None
+
+
+def largest_value(z: Tensor) -> float:
+    """The largest magnitude in a tensor, infinite if something in it is no number; the host waits for it."""
+    if not z.numel():
+        return 0.0
+    low, high = (end.item() for end in z.detach().aminmax())  # which takes no memory, and keeps NaN
+    return math.inf if math.isnan(low + high) else float(max(-low, high))
+
+
+def largest_square(z: Tensor) -> float:
+    """Up to which magnitude a million squares have a sum, in the precision in which tokens are compared."""
+    return float(torch.finfo(precision(z)).max ** 0.5 / 1e3)

@@ -271,9 +271,9 @@ def accuracy(
     with torch.autocast(z1.device.type, enabled=False):
         x1, x2 = (z * token_scale(z, temperature) for z in (z1, z2))
         far = x1.new_empty(0, z1.shape[1]) if others is None else others
-        token = torch.arange(len(x1), device=z1.device)
         image, _, _ = _images(offsets.tolist(), z1.device)
-        probe = token[:PROBES] * len(x1) // max(1, min(len(x1), PROBES))
+        probes = min(len(x1), PROBES)
+        probe = torch.arange(probes, device=z1.device) * len(x1) // max(1, probes)
         anchors, positive = x1[probe], torch.linalg.vecdot(x1[probe], x2[probe])
         best = torch.full_like(positive, -math.inf)
         for keys in _spans(0, len(x1), _side(chunk_size, z1)):
@@ -282,8 +282,7 @@ def accuracy(
                 best = best.maximum((anchors @ x[keys].mT).masked_fill_(own, -math.inf).amax(1))
         for keys in _spans(0, len(far), _side(chunk_size, z1)):
             best = best.maximum((anchors @ far[keys].mT).amax(1))
-        hits: Tensor = (positive > best).to(anchors.dtype).mean()
-    return hits
+        return torch.as_tensor((positive > best).to(anchors.dtype).mean())
 
 
 @accuracy.register_fake

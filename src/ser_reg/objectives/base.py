@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import all_gather_counts, raise_on_all_ranks
+from ..distributed import all_gather_counts, raise_on_all_ranks, rank_and_world_size
 from ..errors import SERError, require
+from ..losses.ntxent import largest_square, largest_value
 from ..views.view import View
 
 __all__ = ["Objective", "Output", "check_numbers", "check_size", "matching"]
+
+FIRST_CALLS = 3  # in which ranks compare their parameters: a difference shows at once, and later calls cost nothing
 
 
 class Output(NamedTuple):
@@ -74,6 +77,7 @@ class Objective(nn.Module):
         check_size(f"{type(self).__name__}(dim)", "dim", dim, f"{type(self).__name__}(vit.embed_dim)")
         self.dim = dim
         self.maker = maker
+        self._compared = 0  # calls in which ranks compared their parameters
 
     def compare(self, features: list[Tensor], views: list[View], group: dist.ProcessGroup | None) -> Output:
         """What a term writes: its loss and logs.
@@ -106,13 +110,27 @@ class Objective(nn.Module):
         device = next((z.device for z in features if isinstance(z, Tensor)), torch.device("cpu"))
         # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
         with torch.autocast(device.type, enabled=False):
+            _, world_size = rank_and_world_size(group)
             try:
-                output = self.compare(self._checked(call, features, views), list(views), group)
+                checked = self._checked(call, features, views)
+                if world_size > 1 and self.training and self._compared < FIRST_CALLS:
+                    self._compared += 1
+                    self._compare_parameters(call, device, group)
+                output = self.compare(checked, list(views), group)
             except SERError as error:
                 raise_on_all_ranks(error, device, group)
-            if not self.gathers and dist.is_available() and dist.is_initialized():
+            if world_size > 1 and not self.gathers:
                 all_gather_counts(call, None, (), {}, device, group)  # or a rank that raised would wait for ever
             return output
+
+    def _compare_parameters(self, call: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """Raise, on all ranks, if their parameters differ: those of a term that was not wrapped drift apart."""
+        parameters = list(self.parameters())
+        if any(hasattr(p, "full_tensor") for p in parameters):
+            return  # sharded, so that each rank holds others
+        checksum = sum((p.detach().double().abs().sum().item() for p in parameters), 0.0)
+        remedy = "term = torch.nn.parallel.DistributedDataParallel(term)  # or one module with the model"
+        all_gather_counts(call, None, (), {"sum of the term's parameters": (checksum, remedy)}, device, group)
 
     def _checked(self, call: str, features: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
         """The features, in the precision of the island."""
@@ -175,16 +193,12 @@ class Objective(nn.Module):
 
 def check_numbers(call: str, features: Sequence[Tensor]) -> None:
     """Raise unless features are finite, and small enough to be squared."""
-    largest = [z.detach().abs().amax().item() if z.numel() else 0.0 for z in features]
+    largest = [largest_value(z) for z in features]
     bad = [str(i) for i, value in enumerate(largest, start=1) if not value < math.inf]
     given = f"NaN or infinity in the features of view {' and '.join(bad)}"
     require(not bad, call, given, "finite features", "torch.autograd.set_detect_anomaly(True)")
-    limit = torch.finfo(features[0].dtype).max ** 0.5 / 1e3  # a sum of a million squares is a number
-    given, expected = (
-        f"features up to {max(largest):.1e}",
-        f"numbers whose squares are none too large: up to {limit:.0e}",
-    )
-    require(max(largest) < limit, call, given, expected, "torch.nn.functional.layer_norm(z, z.shape[1:])")
+    given, remedy = f"features up to {max(largest):.1e}", "torch.nn.functional.layer_norm(z, z.shape[1:])"
+    require(max(largest) <= largest_square(features[0]), call, given, "numbers that can be squared", remedy)
 
 
 def check_size(call: str, name: str, value: object, remedy: str) -> None:
