@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ser_reg import EquivariantViews, SERLoss, late_cls, partition_size, patch_tokens
+from ser_reg.backbones import backbone
 
 BATCH, RANKS, RATIO, LAYER = 256, 8, 0.01, 3
 IMAGES = partition_size(BATCH, RATIO, RANKS)
@@ -66,7 +67,7 @@ def base_flops() -> int:
     """One step of MoCo-v3 on one rank: two views, their momentum keys of all ranks."""
     with torch.device("meta"):
         encoder = late_cls(timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True), LAYER)
-        encoder.patch_embed.requires_grad_(False)
+        backbone(encoder).projection.requires_grad_(False)
         online, predictor = nn.Sequential(encoder, mlp(384, 4096, 4096, 256)), mlp(256, 4096, 256)
         momentum = copy.deepcopy(online)
         views = [torch.empty(BATCH, 3, 224, 224) for _ in range(2)]

@@ -17,6 +17,8 @@ def stand_ins():
     x = torch.rand(2, 3, 224, 224)
     return {
         "make_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        "my_colours": lambda images: images,
+        "batch_size": 2,
         "my_ssl_loss": lambda vit, x1, x2: (vit(x1) - vit(x2)).square().mean(),
         "loader": [(x, x[:, :, :96, :96], x[:, :, 96:192, :96])],
         "images": x,
@@ -46,6 +48,16 @@ def test_loop_trains_the_early_blocks():
     assert names["vit"].blocks[2].mlp.fc1.weight.grad.abs().max() > 0
 
 
+def test_files_are_there():
+    """Every file that a document links to, and every script that it tells to run."""
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")):
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (document.parent / link).exists(), f"{document}: {link}"
+        for script in re.findall(r"(?:examples|benchmarks|docs|tests)/[\w/]+\.py", text):
+            assert (ROOT / script).exists(), f"{document}: {script}"
+
+
 def test_table_is_the_generated_one(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from quickstart_table import RESULTS, caption, load, table
@@ -66,7 +78,7 @@ def test_benchmark_tables_are_the_generated_ones(monkeypatch):
 
 def test_ablation_tables_are_the_generated_ones(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from ablation.tables import markdown
+    from ablation.table import markdown
     from ablation.variants import ABLATIONS
 
     text = (ROOT / "examples" / "README.md").read_text()
@@ -75,7 +87,7 @@ def test_ablation_tables_are_the_generated_ones(monkeypatch):
         assert markdown(ablation, results) in text, name
         assert f"(results/{name}.png)" in text
         for variant in ablation.variants:
-            assert len(results[variant.folder]) >= 3, f"{variant.label}: fewer than three seeds"
+            assert len(results[variant.run]) >= 3, f"{variant.label}: fewer than three seeds"
 
 
 def test_commands_are_there():

@@ -48,10 +48,8 @@ class Batches:
             worker_init_fn=_outlive_stop_signal,
             pin_memory=accelerator.device.type == "cuda",
         )
-        patch = backbone(run.step.method.encoder).patch_size
-        self.views = DeviceViews(
-            settings.views, patch, length.whole, settings.run.seed, rank, world_size, accelerator.device
-        )
+        maker = settings.views.maker(backbone(run.step.method.encoder).patch_size)
+        self.views = DeviceViews(maker, length.whole, settings.run.seed, rank, world_size, accelerator.device)
         self.batches = iter(loader)
         self.unreadable = Unreadable(settings.run.output_dir)
         self.waited = 0.0

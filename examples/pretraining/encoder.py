@@ -62,8 +62,8 @@ class EncoderSettings:
     """Less memory, more time."""
 
     @property
-    def blocks(self) -> int:
-        """How many there are."""
+    def block_count(self) -> int:
+        """Number of blocks."""
         return _depth(self.architecture) if self.depth is None else self.depth
 
     @property
@@ -77,11 +77,11 @@ class EncoderSettings:
         """Raise a SERError for sizes and rates that no encoder has. What timm refuses is found out by building."""
         require_positive(script, self, image_size=224, patch_size=16, width=384, depth=12, heads=6)
         require(
-            self.cls_layer is None or 0 <= self.cls_layer < self.blocks,
+            self.cls_layer is None or 0 <= self.cls_layer < self.block_count,
             script,
-            lambda: f"cls_layer={self.cls_layer} of an encoder of {self.blocks} blocks",
-            f"0 to {self.blocks - 1}: [CLS] has to pass one block at least",
-            lambda: f"python examples/{script} --cls-layer {min(3, self.blocks - 1)}",
+            lambda: f"cls_layer={self.cls_layer} of an encoder of {self.block_count} blocks",
+            f"0 to {self.block_count - 1}: [CLS] has to pass one block at least",
+            lambda: f"python examples/{script} --cls-layer {min(3, self.block_count - 1)}",
         )
         remedy = f"python examples/{script} --drop-path 0.1"
         require(0 <= self.drop_path < 1, script, f"drop_path={self.drop_path}", "a probability below 1", remedy)

@@ -121,7 +121,9 @@ def build_step(settings: S, build: Callable[[S], BaseMethod]) -> Step:
         require_whole_patches(call, method.encoder, local_size=settings.data.local_size)
     if not settings.has_term:
         return Step(method)
-    heads = build_heads(term, backbone(method.encoder).width(), settings.layers)
+    facts = backbone(method.encoder)
+    widths = {layer: facts.width(layer) for layer in settings.layers}
+    heads = build_heads(term, widths, settings.views.maker(facts.patch_size))
     return Step(method, heads, term.weight, term.target)
 
 

@@ -113,14 +113,14 @@ class Settings:
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that the term is applied to."""
-        return tuple(range(1, self.encoder.blocks + 1)) if self.term.all_layers else (self.term.layer,)
+        return tuple(range(1, self.encoder.block_count + 1)) if self.term.all_layers else (self.term.layer,)
 
     @property
     def late_layer(self) -> int:
         """Blocks that run before [CLS] joins."""
         if self.encoder.cls_layer is not None:
             return self.encoder.cls_layer
-        return min(self.term.layer, self.encoder.blocks - 1) if self.term.ratio > 0 else 0
+        return min(self.term.layer, self.encoder.block_count - 1) if self.term.ratio > 0 else 0
 
     def groups(self) -> Iterator[tuple[str, Any]]:
         """Name and settings of each group."""
@@ -148,11 +148,11 @@ class Settings:
             group.check(script)
         typed, encoder, data = f"python examples/{script}", self.encoder, self.data
         require(
-            self.term.name == NoTerm.name or 0 < self.term.layer <= encoder.blocks,
+            self.term.name == NoTerm.name or 0 < self.term.layer <= encoder.block_count,
             script,
-            lambda: f"layer={self.term.layer} of an encoder of {encoder.blocks} blocks",
-            f"a layer from 1 to {encoder.blocks}",
-            lambda: f"{typed} {self.term.name} --term.layer {min(3, encoder.blocks)}",
+            lambda: f"layer={self.term.layer} of an encoder of {encoder.block_count} blocks",
+            f"a layer from 1 to {encoder.block_count}",
+            lambda: f"{typed} {self.term.name} --term.layer {min(3, encoder.block_count)}",
         )
         require(
             encoder.dynamic_size or not data.local_views,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union, get_type_hints
 
 import docstring_parser
 import tyro
 
+from ser_reg import SERError
 from ser_reg.errors import require
 from ser_reg.objectives import OBJECTIVES, Objective
 
@@ -74,15 +76,15 @@ def _settings_of(name: str, objective: type[Objective]) -> type[TermSettings]:
             Annotated[kinds.get(parameter.name, str), tyro.conf.arg(help=meanings.get(parameter.name))],
             tyro.MISSING if parameter.default is parameter.empty else parameter.default,
         )
-        for parameter in list(inspect.signature(objective).parameters.values())
+        for parameter in inspect.signature(objective).parameters.values()
         if parameter.name not in ("dim", "maker")
     ]
-    space = {"__doc__": described.short_description or objective.__name__, "name": name, "__module__": __name__}
-    made = make_dataclass(
+    if taken := {f.name for f in fields(TermSettings)} & {parameter for parameter, *_ in own}:
+        raise TypeError(f"{objective.__name__} takes {', '.join(taken)}, which here belongs to every term: rename it")
+    space = {"__doc__": described.short_description or objective.__name__, "name": name}
+    return make_dataclass(
         f"{objective.__name__}Settings", own, bases=(TermSettings,), namespace=space, frozen=True, kw_only=True
     )
-    globals()[made.__name__] = made  # where pickle looks for it
-    return made
 
 
 TERMS: dict[str, type[TermSettings] | type[NoTerm]] = {
@@ -105,14 +107,24 @@ def term_words(chosen: TermSettings | NoTerm) -> Any:
     return Union[tuple(words)]  # noqa: UP007  (of as many as there are)
 
 
-def build_heads(settings: TermSettings, dim: int, layers: tuple[int, ...]) -> dict[int, Objective]:
+def build_heads(settings: TermSettings, widths: Mapping[int, int], maker: object) -> dict[int, Objective]:
     """One of the term for each layer.
 
     Args:
         settings: which term, and its own settings.
-        dim: D of the maps.
-        layers: blocks that run before them.
+        widths: D of the maps, by layer: blocks that run before them.
+        maker: what makes the views.
+
+    Raises:
+        SERError: a setting of its own that the term refuses; the remedy is a flag.
     """
     common = {f.name for f in fields(TermSettings)}
-    own = {name: value for name, value in asdict(settings).items() if name not in common}
-    return {layer: OBJECTIVES[settings.name](dim, **own) for layer in layers}
+    own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in common}
+    try:
+        return {layer: OBJECTIVES[settings.name](dim, **own, maker=maker) for layer, dim in widths.items()}
+    except SERError as error:
+        name = error.given.partition("=")[0]
+        if name not in own:
+            raise
+        remedy = f"{settings.name} --term.{name.replace('_', '-')} {getattr(type(settings), name)}"
+        raise SERError(f"the term {settings.name}", error.given, error.expected, remedy) from error

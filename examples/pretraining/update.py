@@ -55,8 +55,8 @@ def _learn(run: Run, groups: list[Group], moment: Moment) -> dict[str, Tensor]:
 def _forward(run: Run, groups: list[Group], step: int) -> dict[str, Tensor]:
     try:
         scalars: dict[str, Tensor] = run.module(groups)
-    except SERError as error:  # on CPUs a term itself finds out that features are no longer finite
-        if "NaN" not in error.given:
+    except SERError as error:  # on CPUs a term itself finds out that features are no longer finite, or hardly so
+        if not any(words in error.given for words in ("NaN", "features up to")):
             raise
         raise _not_finite(f"{error.given} at step {step}", run.settings) from error
     return scalars

@@ -36,6 +36,10 @@ class ViewSettings:
         """Whether views differ in size from the images."""
         return self.scale != (1, 1) or self.aspect != (1, 1)
 
+    def maker(self, patch_size: int) -> EquivariantViews:
+        """What draws the elements. The photometric part is not its own: the recipes did it."""
+        return EquivariantViews(patch_size, self.scale, self.aspect, self.rotations, self.flips)
+
     def check(self, script: str) -> None:
         """Raise a SERError for ranges that are none."""
         require(
@@ -55,8 +59,7 @@ class DeviceViews:
     batch's elements do not depend on how many processes there are, and a resumed run goes on as it would have.
 
     Args:
-        settings: the elements that occur.
-        patch_size: of the encoder, in pixels.
+        maker: what draws the elements.
         whole: images of b2 over all processes.
         seed: of the elements.
         rank, world_size: which images this process has: every world_size-th, beginning with number `rank`.
@@ -65,15 +68,14 @@ class DeviceViews:
 
     def __init__(
         self,
-        settings: ViewSettings,
-        patch_size: int,
+        maker: EquivariantViews,
         whole: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.maker = EquivariantViews(patch_size, settings.scale, settings.aspect, settings.rotations, settings.flips)
+        self.maker = maker
         self.whole = whole
         self.seed = seed
         self.rank, self.world_size = rank, world_size

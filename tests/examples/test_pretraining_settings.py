@@ -130,7 +130,7 @@ WRONG = [
     ("dino", ["--drop-path", 1.5], "drop_path=1.5", "--drop-path 0.1"),
     ("dino", ["--warmup-epochs", -1], "warmup_epochs=-1", "--warmup-epochs 10"),
     ("dino", ["--term.weight", -1], "weight=-1", "--term.weight 0.5"),
-    ("dino", ["--term.temperature", 0], "temperature=0", "temperature=0.3"),
+    ("dino", ["--term.temperature", 0], "temperature=0", "ser --term.temperature 0.3"),
     ("dino", ["--steps", 0], "steps=0", "--steps 100"),
 ]
 

@@ -38,7 +38,8 @@ def test_first_step_has_the_controls_base_loss(tmp_path, method):
     assert term[0]["base"] == control[0]["base"] == control[0]["loss"]
     assert term[1]["base"] != control[1]["base"]
     assert term[0]["loss"] == pytest.approx(term[0]["base"] + 0.5 * term[0]["term"])
-    assert set(term[0]) - set(control[0]) == {"term", "term_chance", "term_accuracy", "term_feature_std"}
+    logs = ("term_chance", "term_accuracy", "term_feature_std", "term_matching")
+    assert set(term[0]) - set(control[0]) == {"term", *logs}
 
 
 @pytest.mark.parametrize("method", METHODS)

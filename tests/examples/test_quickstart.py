@@ -199,7 +199,7 @@ def test_command_line_end_to_end(tmp_path):
     assert list(results["arms"]) == ["control", "ser"]
     logged = {"base_loss", "ser_loss", "ser_chance", "ser_accuracy", "ser_feature_std"}
     assert set(results["arms"]["control"]["history"]) == {"base_loss"}
-    assert set(results["arms"]["ser"]["history"]) == logged
+    assert set(results["arms"]["ser"]["history"]) >= logged
     assert all(len(values) == 2 for values in results["arms"]["ser"]["history"].values())
     for measured in (*results["arms"].values(), results["references"]["untrained"]):
         assert set(measured["accuracy"]) == {"knn", "linear"}
@@ -240,11 +240,11 @@ def test_single_files(script, longest):
 
 @pytest.mark.slow
 def test_own_loop_learns_the_task():
-    done = run("own_loop.py", "--epochs", 1, "--batch-size", 32)
+    done = run("own_loop.py", "--epochs", 1)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch")]
     first, last = (float(line.split("SER ")[1].split()[0]) for line in (lines[0], lines[-1]))
-    assert last < first - 0.2
+    assert last < first - 0.3
     assert "rotation, layer 3: spatial" in done.stdout
 
 

@@ -16,7 +16,7 @@ def batches(method, settings):
     whole = whole_images(run.batch_size, settings.term.ratio, 1)
     source = open_source(settings.data.data, "train", run.seed)
     data = ViewDataset(source, *importlib.import_module(method).recipes(settings))
-    views = DeviceViews(settings.views, settings.encoder.patch_size, whole, run.seed)
+    views = DeviceViews(settings.views.maker(settings.encoder.patch_size), whole, run.seed)
     sampler = PartitionSampler(len(source), run.batch_size, whole, seed=run.seed, last=run.steps)
     for number, requests in enumerate(sampler):
         yield views(collate([data[request] for request in requests]), number)

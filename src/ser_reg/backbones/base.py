@@ -6,13 +6,13 @@ To add a family, write one file with a subclass that defines what is abstract he
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import SERError
-from .inputs import check_tensor
+from ..errors import SERError, require
+from .inputs import check_tensor, warn_if_far
 from .prefix import is_late
 
 __all__ = ["Backbone"]
@@ -38,6 +38,12 @@ class Backbone(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        size = f"images of {height} x {width} pixels{' or any other size' if self.any_size else ''}"
+        known = f"{type(self.model).__name__}: {self.depth} {self.unit}, {self.width()} channels, {size}"
+        return known + (f". {self.joins}" if self.cls_layer else "")
 
     # What a family defines: the modules ------------------------------------------------------------------------------
 
@@ -195,6 +201,17 @@ class Backbone(ABC):
         """After how many blocks the prefix tokens join: what `late_cls` was last called with, 0 for the plain model."""
         return sum(is_late(block) for block in self.layers)
 
+    @property
+    def joins(self) -> str:
+        """Where the prefix tokens join, in words that one needs where a model is loaded by something else."""
+        layer = self.cls_layer
+        if not layer:
+            return "[CLS] joins at the first block, as in plain timm." if self.has_prefix else "No [CLS] joins."
+        return (
+            f"[CLS] joins after {layer} blocks. Plain timm lets it in at the first, also with these weights, and gives "
+            f"other features without an error: after loading, type late_cls(model, {layer})."
+        )
+
     def grid(self, size: tuple[int, int], layer: int | None = None) -> tuple[int, int]:
         """(h, w) of the map after `layer` (None: the last) for images of this (height, width) in pixels.
 
@@ -238,13 +255,32 @@ class Backbone(ABC):
             remedy = call.replace(repr(layer), str(min(3, last)))
             raise SERError(call, f"layer={layer!r}", f"a whole number of {self.unit} from 0 to {last}", remedy)
 
+    def check_layers(self, call: str, layers: Any) -> list[int]:
+        """These numbers of layers, in order and each once; raise unless there are some, as a list."""
+        several = isinstance(layers, Iterable) and not isinstance(layers, (str, Tensor, Mapping))
+        given, remedy = f"layers={layers!r}", f"layers=[{layers!r}]" if isinstance(layers, int) else "layers=[1, 3]"
+        expected = "several numbers of layers"
+        require(several, call, given, expected, remedy)
+        found = list(layers)
+        for layer in found:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.depth:
+                numbers = f"whole numbers of {self.unit} from 0 to {self.depth}"
+                raise SERError(call, f"layers={found!r}", numbers, f"layers=[{min(3, self.depth)}]")
+        require(found, call, "layers=[]", expected, f"layers=[{min(3, self.depth)}]")
+        return sorted(set(found))
+
+    def check_tensor(self, call: str, images: Any) -> None:
+        """Raise unless these are images (B, C, H, W) of the model's channels, type and device, of whatever size."""
+        check_tensor(call, images, self.embedding, self.channels)
+        warn_if_far(images, self.mean, self.std)
+
     def check_images(self, call: str, images: Tensor, layer: int | None = None) -> tuple[int, int]:
         """The grid of the map after `layer` (None: the last) of these images.
 
         Raises:
             SERError: the model does not take them, naming `call`, the call that the user made.
         """
-        check_tensor(call, images, self.embedding, self.channels)
+        self.check_tensor(call, images)
         self.check_mode(call)
         height, width = images.shape[-2:]
         return self.check_size(call, (height, width), self.depth if layer is None else layer)

@@ -12,17 +12,23 @@ from ..errors import SERError
 __all__ = ["create"]
 
 
-def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+def create(name: str, pretrained: bool = False, caller: str = "create", **arguments: Any) -> nn.Module:
     """A timm model by name, without a classifier, that takes images of any size if its kind can.
 
+    Args:
+        name: of a timm model.
+        pretrained: with its published weights, which are downloaded, or with random ones.
+        caller: the function that the user called, for errors.
+        arguments: what `timm.create_model` takes besides.
+
     Raises:
-        SERError: there is no such model, or its weights cannot be had.
+        SERError: there is no such model, it does not take the arguments, or its weights cannot be had.
 
     Example:
         >>> type(create("convnext_atto")).__name__
         'ConvNeXt'
     """
-    call = f"create({name!r}, pretrained={pretrained})"
+    call = f"{caller}({name!r}, pretrained={pretrained})"
     try:
         try:
             return timm.create_model(
@@ -30,10 +36,14 @@ def create(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
             )
         except TypeError:  # has no such argument: what it is used for says so better than its constructor
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except (RuntimeError, OSError, ValueError) as error:  # a hub that cannot be reached raises errors of many kinds
+    except Exception as error:  # a hub that cannot be reached and constructors raise errors of many kinds
         stem = name.split(".")[0]
+        if arguments and timm.is_model(stem):
+            given, expected = f"{arguments}: {type(error).__name__}: {error}", f"arguments of {stem}"
+            remedy = f"timm.create_model({stem!r})  # with the arguments that it takes"
+            raise SERError(call, given, expected, remedy) from error
         if pretrained and timm.is_model(stem):
-            remedy = f"create({name!r}, pretrained=False)  # random weights"
+            remedy = f"{caller}({name!r}, pretrained=False)  # random weights"
             raise SERError(call, str(error).split("\n")[0], "weights that can be downloaded", remedy) from error
         remedy = f"timm.list_models('*{stem.split('_')[0]}*')"
         raise SERError(call, str(error), "the name of a timm model", remedy) from error

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SERError, require_tensor
 
-__all__ = ["check_tensor", "first_convolution"]
+__all__ = ["check_tensor", "first_convolution", "warn_if_far"]
+
+FAR = 20.0  # no normalisation in use gives such values for pixels of [0, 1]
 
 
 def first_convolution(module: nn.Module) -> nn.Conv2d | None:
@@ -42,3 +47,28 @@ def check_tensor(call: str, images: Any, embedding: nn.Module, channels: int) ->
         raise SERError(call, f"images on {images.device}", f"{device}, as the model", f'images.to("{device}")')
     if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
         raise SERError(call, given, f"{dtype}, as the model", f"images.to({dtype})")
+
+
+def warn_if_far(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Warn of values far outside those of normalised pixels; of a CPU's only, as a GPU would have to be waited for."""
+    # Other types than a plain tensor (fake ones, batched ones of vmap) have no values to look at.
+    if images.device.type != "cpu" or torch.compiler.is_compiling() or type(images) is not Tensor or not images.numel():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(images):
+        return
+    low, high = (end.item() for end in images.detach().aminmax())
+    if max(-low, high) > FAR:
+        remedy = f"torchvision.transforms.functional.normalize(images / 255, {tuple(mean)}, {tuple(std)})"
+        warnings.warn(
+            f"images with values from {low:.4g} to {high:.4g}, far outside the model's normalisation: if these are "
+            f"pixels of 0 to 255, features mean little. Type: {remedy}",
+            stacklevel=_levels_inside(),
+        )
+
+
+def _levels_inside() -> int:
+    """How many calls up the user's line is: where the warning is shown, and once for each such line."""
+    package, levels, frame = __name__.split(".")[0], 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (package, "torch"):
+        levels, frame = levels + 1, frame.f_back
+    return levels

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import SERError
+from ..errors import SERError, require
 from .families import backbone
+from .inputs import warn_if_far
 
 __all__ = ["TokenTap", "patch_tokens"]
 
@@ -67,8 +68,8 @@ def patch_tokens(model: nn.Module, images: Tensor, layer: int | Iterable[int]) -
 class TokenTap:
     """Patch tokens of the forward that runs anyway, with their gradient.
 
-    While the tap is open, `tokens` is what the latest forward of the model had after `layer` blocks. The forward may
-    go through DDP or FSDP2 around the model. Recomputation by activation checkpointing is not a forward: tokens stay
+    While the tap is open, `tokens` is what the latest forward of the model had after `layer` blocks; read it after
+    each, as of two forwards those of the first would be lost. The forward may go through DDP or FSDP2 around the model. Recomputation by activation checkpointing is not a forward: tokens stay
     those of the forward, whichever way timm checkpoints (checkpointing the whole model with ``use_reentrant=True``
     runs its forward without gradients, and then they have none). Closing the tap leaves nothing on the model;
     copies made meanwhile carry a closed tap.
@@ -85,7 +86,7 @@ class TokenTap:
 
     Raises:
         SERError: unknown family or wrapper, layer out of range; on reading `tokens`, when no forward has reached
-            the layer; on a forward with patch dropout in training, or with images of a size that does not fill the
+            the layer, or several have since it was last read; on a forward with patch dropout in training, or with images of a size that does not fill the
             grid of the map.
 
     Source: f^(1) of Section 3.1 of the paper.
@@ -106,6 +107,7 @@ class TokenTap:
         self._layer = layer
         self._backbone.check_layer(self._call, layer)
         self._handles: list[RemovableHandle] = []
+        self._missed = False
         self._forget()
 
     def __repr__(self) -> str:
@@ -119,6 +121,17 @@ class TokenTap:
             raise SERError(
                 "tap.tokens", given, "a forward of model, not compiled before, inside the with-block", remedy
             )
+        if self._missed:
+            self._forget()
+            self._missed = False
+        require(
+            self._tokens is not None,
+            "tap.tokens",
+            "several forwards since it was last read: of which of them?",
+            "one forward, then its tokens",
+            f"with {self._call} as tap: maps = [(model(x), tap.tokens)[1] for x in (images1, images2)]",
+        )
+        self._read_once = True
         return self._tokens
 
     def __enter__(self) -> TokenTap:
@@ -139,15 +152,17 @@ class TokenTap:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._missed = False
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks travel with copies of the model, where they must not hold tensors of its graph or hear anything.
-        return vars(self) | {"_handles": [], "_grid": None, "_reached": False, "_tokens": None}
+        return vars(self) | {"_handles": [], "_grid": None, "_reached": False, "_tokens": None, "_missed": False}
 
     def _forget(self) -> None:
         self._grid: tuple[int, int] | None = None
         self._reached = False
+        self._read_once = False
         self._tokens: Tensor | None = None
 
     def _hears(self) -> bool:
@@ -156,8 +171,10 @@ class TokenTap:
 
     def _start(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._hears():
+            self._missed = self._missed or (self._tokens is not None and not self._read_once)
             self._forget()
             self._backbone.check_mode(self._call)
+            warn_if_far(args[0], self._backbone.mean, self._backbone.std)
             height, width = args[0].shape[-2:]
             self._grid = self._backbone.check_size(self._call, (height, width), self._layer)
             self._reached = self._layer == 0

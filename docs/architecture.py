@@ -1,0 +1,182 @@
+"""Draw the rooms of the project and the way of a batch through them, into architecture.png beside this file.
+
+    python docs/architecture.py
+
+Names of files are read from the tree, so that the picture is drawn anew when a room changes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from ser_reg.report.style import COLOURS, GREY, STYLE
+
+__all__ = ["LIBRARY", "draw", "files"]
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "ser_reg"
+WIDTH, HEIGHT = 140, 104  # of the picture, in tenths of an inch
+ROOM, SEAM, DATA = COLOURS[0], COLOURS[1], GREY
+INK = "#222222"
+
+# Rooms of the library as bricks: (left, right, bottom, top), what it is for, whether strangers add a file there. A room
+# rests on what it may import.
+LIBRARY = {
+    "__main__.py": ((1, 139, 68, 71.5), "the command line", False),
+    "report/": ((1, 139, 60.5, 67.5), "models side by side, on one page: a file a section", True),
+    "check.py": ((1, 69, 56.5, 60), "does my training train?", False),
+    "export.py": ((70, 139, 56.5, 60), "checkpoints that timm loads", False),
+    "objectives/": ((1, 48, 48, 56), "the terms: features, views → Output(loss, logs)", True),
+    "metrics/": ((49, 103, 48, 56), "how equivariant is a model, by layer", False),
+    "losses/": ((1, 29, 39.5, 47.5), "exact on any number of ranks", False),
+    "views/": ((30, 67, 39.5, 47.5), "images → views that know how they were made", True),
+    "distributed.py": ((1, 48, 33.5, 39), "ranks; gathers with gradient", False),
+    "geometry/": ((49, 67, 33.5, 39), "what is done to a map", False),
+    "backbones/": ((68, 103, 33.5, 47.5), "all that is asked of a model: its maps by layer", True),
+    "images.py": ((104, 121, 33.5, 56), "image files, photographs, ImageNet's mean", False),
+    "records.py": ((122, 139, 33.5, 56), "whole files; the environment of a figure", False),
+    "errors.py": ((1, 139, 29.5, 33), "the one exception: given, expected, and the line to type", False),
+}
+
+
+def files(folder: Path) -> str:
+    """Names of the modules in a folder."""
+    return "  ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"))
+
+
+def draw(path: Path) -> None:
+    """The picture: the way of a batch, the library, the trainings."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 10, HEIGHT / 10))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
+        axes.axis("off")
+        draw_way(axes)
+        draw_library(axes)
+        draw_trainings(axes)
+        figure.savefig(path, dpi=130)
+
+
+def draw_way(axes: Axes) -> None:
+    """From images to the loss, left to right."""
+    title(axes, 101, "The way of a batch", "one direction; λ and the sum belong to your loop")
+    bottom, top = 83, 95
+    boxes = [
+        ((1, 14), DATA, "images", "whole,\n(B, C, H, W)\nin [0, 1]"),
+        ((19, 38), SEAM, "views/", "make_views(images)\n\nEquivariantViews"),
+        ((43, 60), DATA, "views", "View(images,\nrelation, drawn),\n…"),
+        ((65, 84), SEAM, "backbones/", "patch_tokens(vit,\nview.images, layer)\nlate_cls"),
+        ((89, 102), DATA, "features", "one map\n(B, D, h, w)\na view"),
+        ((107, 123), SEAM, "objectives/", "ser(features,\nviews)\nSERLoss"),
+        ((128, 139), DATA, "Output", "loss\nlogs"),
+    ]
+    for (left, right), colour, name, text in boxes:
+        box(axes, (left, right, bottom, top), colour, name, text)
+    for (_, end), (start, _) in zip([b[0] for b in boxes[:-1]], [b[0] for b in boxes[1:]], strict=True):
+        arrow(axes, [(end, 89), (start, 89)])
+    arrow(axes, [(51.5, bottom), (51.5, 79.5), (115, 79.5), (115, bottom)])
+    axes.text(83, 80.2, "how the two views relate", ha="center", va="bottom", size=9.5, color=INK)
+
+
+def draw_library(axes: Axes) -> None:
+    """The rooms, each on what it may import."""
+    title(axes, 75, "The library, src/ser_reg", "a room rests on what it may import")
+    for name, (place, text, seam) in LIBRARY.items():
+        inside = files(PACKAGE / name) if name.endswith("/") else ""
+        box(axes, place, SEAM if seam else ROOM, name, text, inside)
+
+
+def draw_trainings(axes: Axes) -> None:
+    """From a source of images to a table, left to right."""
+    title(axes, 25.5, "The trainings, examples/", "the step cannot tell which base method and which term it joins")
+    examples = ROOT / "examples"
+    box(
+        axes,
+        (1, 31, 3, 21),
+        SEAM,
+        "data/",
+        "a source → recipes → a batch of groups:\nb1 cropped, b2 whole",
+        files(examples / "data"),
+    )
+    methods = "  ".join(p.stem for p in (examples / "moco_v3.py", examples / "dino.py", examples / "barlow_twins.py"))
+    box(axes, (37, 65, 12.8, 21), SEAM, "a base method", "views, heads, momentum, loss", methods)
+    box(axes, (37, 65, 3, 11.2), SEAM, "a term", "a word of the command line", "of ser_reg.objectives")
+    box(
+        axes,
+        (71, 101, 3, 21),
+        ROOM,
+        "pretraining/",
+        "base loss + λ · term: a step, the loop,\nsettings, checkpoints, the log",
+        files(examples / "pretraining"),
+    )
+    box(
+        axes,
+        (107, 139, 11.2, 21),
+        SEAM,
+        "evaluation/",
+        "what the encoder knows: a file a judgement",
+        files(examples / "evaluation"),
+    )
+    box(axes, (107, 139, 3, 9.6), ROOM, "ablation/", "many runs → tables", files(examples / "ablation"))
+    for start, end, height in ((31, 37, 17), (31, 37, 7), (65, 71, 17), (65, 71, 7), (101, 107, 16), (101, 107, 6.3)):
+        arrow(axes, [(start, height), (end, height)])
+    axes.text(1, 0.6, "■", color=SEAM, size=11, va="center")
+    axes.text(
+        3, 0.6, "one file and one line here add something: CONTRIBUTING.md says which", size=9.5, va="center", color=INK
+    )
+    axes.text(66, 0.6, "■", color=ROOM, size=11, va="center")
+    axes.text(68, 0.6, "another room", size=9.5, va="center", color=INK)
+    axes.text(82, 0.6, "■", color=DATA, size=11, va="center")
+    axes.text(84, 0.6, "what is handed on", size=9.5, va="center", color=INK)
+
+
+def title(axes: Axes, height: float, text: str, aside: str) -> None:
+    """A heading, and a remark behind it."""
+    axes.text(1, height, text, size=15, weight="bold", va="center", color=INK)
+    axes.text(139, height, aside, size=11, va="center", ha="right", color=GREY, style="italic")
+
+
+def box(
+    axes: Axes, place: tuple[float, float, float, float], colour: str, name: str, text: str, inside: str = ""
+) -> None:
+    """A box with a name, what it is for, and the names of its files."""
+    left, right, bottom, top = place
+    tint = tuple(1 - 0.14 * (1 - part) for part in to_rgb(colour))
+    axes.add_patch(
+        FancyBboxPatch(
+            (left, bottom),
+            right - left,
+            top - bottom,
+            boxstyle="round,pad=0,rounding_size=0.9",
+            facecolor="white" if colour == DATA else tint,
+            edgecolor=colour,
+            linewidth=1.4,
+        )
+    )
+    if top - bottom < 4:  # one line
+        axes.text(left + 1.3, (top + bottom) / 2, name, size=11, weight="bold", va="center", color=INK)
+        axes.text(right - 1.3, (top + bottom) / 2, text, size=9.5, va="center", ha="right", color=INK)
+        return
+    columns = int((right - left - 2) / 0.88)
+    axes.text(left + 1.3, top - 1.9, name, size=11, weight="bold", va="center", color=INK)
+    wrapped = "\n".join(fill(line, columns) for line in text.split("\n"))
+    axes.text(left + 1.3, top - 3.5, wrapped, size=9.5, va="top", color=INK, linespacing=1.15)
+    if inside:
+        axes.text(left + 1.3, bottom + 0.9, fill(inside, int(columns * 1.12)), size=8.5, va="bottom", color=GREY)
+
+
+def arrow(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """A line through the points with a head at its end."""
+    style = {"color": INK, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+    axes.plot(*zip(*points[:-1], strict=True), color=INK, lw=1.6, solid_capstyle="butt")
+    axes.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=13, **style))
+
+
+if __name__ == "__main__":
+    draw(Path(__file__).with_suffix(".png"))

@@ -1,0 +1,6 @@
+"""Does the term train what it should? A question is a function, in one file with those of its kind; `run.py` asks them."""
+
+from .base import CheckReport, Finding
+from .run import check
+
+__all__ = ["CheckReport", "Finding", "check"]
