@@ -22,27 +22,31 @@ __all__ = ["LIBRARY", "draw", "files"]
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "ser_reg"
-WIDTH, HEIGHT = 140, 104  # of the picture, in tenths of an inch
+WIDTH, HEIGHT = 140, 109  # of the picture, in tenths of an inch
 ROOM, SEAM, DATA = COLOURS[0], COLOURS[1], GREY
 INK = "#222222"
 
 # Rooms of the library as bricks: (left, right, bottom, top), what it is for, whether strangers add a file there. A room
 # rests on what it may import.
 LIBRARY = {
-    "__main__.py": ((1, 139, 68, 71.5), "the command line", False),
-    "report/": ((1, 139, 60.5, 67.5), "models side by side, on one page: a file a section", True),
-    "check.py": ((1, 69, 56.5, 60), "does my training train?", False),
-    "export.py": ((70, 139, 56.5, 60), "checkpoints that timm loads", False),
-    "objectives/": ((1, 48, 48, 56), "the terms: features, views → Output(loss, logs)", True),
-    "metrics/": ((49, 103, 48, 56), "how equivariant is a model, by layer", False),
-    "losses/": ((1, 29, 39.5, 47.5), "exact on any number of ranks", False),
-    "views/": ((30, 67, 39.5, 47.5), "images → views that know how they were made", True),
-    "distributed.py": ((1, 48, 33.5, 39), "ranks; gathers with gradient", False),
-    "geometry/": ((49, 67, 33.5, 39), "what is done to a map", False),
-    "backbones/": ((68, 103, 33.5, 47.5), "all that is asked of a model: its maps by layer", True),
-    "images.py": ((104, 121, 33.5, 56), "image files, photographs, ImageNet's mean", False),
-    "records.py": ((122, 139, 33.5, 56), "whole files; the environment of a figure", False),
-    "errors.py": ((1, 139, 29.5, 33), "the one exception: given, expected, and the line to type", False),
+    "__main__.py": ((1, 139, 77.5, 81), "the command line", False),
+    "report/": ((1, 139, 69, 77), "models side by side, on one page: a file a section", True),
+    "check/": ((1, 69, 65, 68.5), "does my training train?", False),
+    "export.py": ((70, 139, 65, 68.5), "checkpoints that timm loads", False),
+    "objectives/": ((1, 48, 56.5, 64.5), "the terms: features and views → Output(loss, logs)", True),
+    "metrics/": ((49, 103, 56.5, 64.5), "how equivariant is a model, by transformation and layer", False),
+    "losses/": ((1, 29, 48, 56), "exact on any number of ranks", False),
+    "views/": ((30, 67, 48, 56), "images → views that know how they were made", True),
+    "distributed.py": ((1, 48, 39.5, 47.5), "ranks and their number, and gathering with gradient", False),
+    "geometry/": ((49, 67, 39.5, 47.5), "what moves a map", False),
+    "backbones/": ((68, 103, 39.5, 56), "all that is asked of a model, and its maps by layer: a file a family", True),
+    "images.py": ((104, 121, 39.5, 64.5), "image files, photographs, ImageNet's mean and deviation", False),
+    "records.py": (
+        (122, 139, 39.5, 64.5),
+        "files that are whole or not there, and what figures were measured on",
+        False,
+    ),
+    "errors.py": ((1, 139, 35.5, 39), "the one exception: what was given, what is expected, and a line to type", False),
 }
 
 
@@ -65,28 +69,28 @@ def draw(path: Path) -> None:
 
 def draw_way(axes: Axes) -> None:
     """From images to the loss, left to right."""
-    title(axes, 101, "The way of a batch", "one direction; λ and the sum belong to your loop")
-    bottom, top = 83, 95
+    title(axes, 106.5, "The way of a batch", "one direction; λ and the sum belong to your loop")
+    bottom, top = 93, 103.5
     boxes = [
         ((1, 14), DATA, "images", "whole,\n(B, C, H, W)\nin [0, 1]"),
-        ((19, 38), SEAM, "views/", "make_views(images)\n\nEquivariantViews"),
-        ((43, 60), DATA, "views", "View(images,\nrelation, drawn),\n…"),
-        ((65, 84), SEAM, "backbones/", "patch_tokens(vit,\nview.images, layer)\nlate_cls"),
+        ((19, 38), SEAM, "views/", "make_views(images)"),
+        ((43, 60), DATA, "views", "View(images,\nrelation, drawn)\nand so on"),
+        ((65, 84), SEAM, "backbones/", "patch_tokens(vit,\nview.images, layer)"),
         ((89, 102), DATA, "features", "one map\n(B, D, h, w)\na view"),
-        ((107, 123), SEAM, "objectives/", "ser(features,\nviews)\nSERLoss"),
+        ((107, 123), SEAM, "objectives/", "term(features,\nviews)"),
         ((128, 139), DATA, "Output", "loss\nlogs"),
     ]
     for (left, right), colour, name, text in boxes:
         box(axes, (left, right, bottom, top), colour, name, text)
     for (_, end), (start, _) in zip([b[0] for b in boxes[:-1]], [b[0] for b in boxes[1:]], strict=True):
-        arrow(axes, [(end, 89), (start, 89)])
-    arrow(axes, [(51.5, bottom), (51.5, 79.5), (115, 79.5), (115, bottom)])
-    axes.text(83, 80.2, "how the two views relate", ha="center", va="bottom", size=9.5, color=INK)
+        arrow(axes, [(end, 98.2), (start, 98.2)])
+    arrow(axes, [(51.5, bottom), (51.5, 89.3), (115, 89.3), (115, bottom)])
+    axes.text(83, 89.8, "how the views relate, and what was drawn", ha="center", va="bottom", size=9.5, color=INK)
 
 
 def draw_library(axes: Axes) -> None:
     """The rooms, each on what it may import."""
-    title(axes, 75, "The library, src/ser_reg", "a room rests on what it may import")
+    title(axes, 84, "The library, src/ser_reg", "a room rests on what it may import")
     for name, (place, text, seam) in LIBRARY.items():
         inside = files(PACKAGE / name) if name.endswith("/") else ""
         box(axes, place, SEAM if seam else ROOM, name, text, inside)
@@ -94,46 +98,53 @@ def draw_library(axes: Axes) -> None:
 
 def draw_trainings(axes: Axes) -> None:
     """From a source of images to a table, left to right."""
-    title(axes, 25.5, "The trainings, examples/", "the step cannot tell which base method and which term it joins")
+    title(axes, 31, "The trainings, examples/", "the step cannot tell which base method and which term it joins")
     examples = ROOT / "examples"
     box(
         axes,
-        (1, 31, 3, 21),
+        (1, 31, 3.5, 28),
         SEAM,
         "data/",
-        "a source → recipes → a batch of groups:\nb1 cropped, b2 whole",
+        "source → recipes → batch of groups:\nb1 cropped, b2 whole",
         files(examples / "data"),
     )
     methods = "  ".join(p.stem for p in (examples / "moco_v3.py", examples / "dino.py", examples / "barlow_twins.py"))
-    box(axes, (37, 65, 12.8, 21), SEAM, "a base method", "views, heads, momentum, loss", methods)
-    box(axes, (37, 65, 3, 11.2), SEAM, "a term", "a word of the command line", "of ser_reg.objectives")
+    box(axes, (37, 65, 16.5, 28), SEAM, "a base method", "views, heads, momentum, loss", methods)
+    box(axes, (37, 65, 3.5, 15), SEAM, "a term", "a word of the command line", "of ser_reg.objectives")
     box(
         axes,
-        (71, 101, 3, 21),
+        (71, 101, 3.5, 28),
         ROOM,
         "pretraining/",
-        "base loss + λ · term: a step, the loop,\nsettings, checkpoints, the log",
+        "base loss + λ · term: step, loop,\nsettings, checkpoints, log",
         files(examples / "pretraining"),
     )
     box(
         axes,
-        (107, 139, 11.2, 21),
+        (107, 139, 13, 28),
         SEAM,
         "evaluation/",
         "what the encoder knows: a file a judgement",
         files(examples / "evaluation"),
     )
-    box(axes, (107, 139, 3, 9.6), ROOM, "ablation/", "many runs → tables", files(examples / "ablation"))
-    for start, end, height in ((31, 37, 17), (31, 37, 7), (65, 71, 17), (65, 71, 7), (101, 107, 16), (101, 107, 6.3)):
+    box(axes, (107, 139, 3.5, 11.5), ROOM, "ablation/", "many runs → tables", files(examples / "ablation"))
+    for start, end, height in (
+        (31, 37, 22.2),
+        (31, 37, 9.2),
+        (65, 71, 22.2),
+        (65, 71, 9.2),
+        (101, 107, 20.5),
+        (101, 107, 7.5),
+    ):
         arrow(axes, [(start, height), (end, height)])
-    axes.text(1, 0.6, "■", color=SEAM, size=11, va="center")
+    axes.text(1, 1.5, "■", color=SEAM, size=11, va="center")
     axes.text(
-        3, 0.6, "one file and one line here add something: CONTRIBUTING.md says which", size=9.5, va="center", color=INK
+        3, 1.5, "one file and one line here add something: CONTRIBUTING.md says which", size=9.5, va="center", color=INK
     )
-    axes.text(66, 0.6, "■", color=ROOM, size=11, va="center")
-    axes.text(68, 0.6, "another room", size=9.5, va="center", color=INK)
-    axes.text(82, 0.6, "■", color=DATA, size=11, va="center")
-    axes.text(84, 0.6, "what is handed on", size=9.5, va="center", color=INK)
+    axes.text(66, 1.5, "■", color=ROOM, size=11, va="center")
+    axes.text(68, 1.5, "another room", size=9.5, va="center", color=INK)
+    axes.text(82, 1.5, "■", color=DATA, size=11, va="center")
+    axes.text(84, 1.5, "what is handed on", size=9.5, va="center", color=INK)
 
 
 def title(axes: Axes, height: float, text: str, aside: str) -> None:
@@ -163,12 +174,12 @@ def box(
         axes.text(left + 1.3, (top + bottom) / 2, name, size=11, weight="bold", va="center", color=INK)
         axes.text(right - 1.3, (top + bottom) / 2, text, size=9.5, va="center", ha="right", color=INK)
         return
-    columns = int((right - left - 2) / 0.88)
+    width = right - left - 2.4
     axes.text(left + 1.3, top - 1.9, name, size=11, weight="bold", va="center", color=INK)
-    wrapped = "\n".join(fill(line, columns) for line in text.split("\n"))
+    wrapped = "\n".join(fill(line, int(width / 0.75)) for line in text.split("\n"))
     axes.text(left + 1.3, top - 3.5, wrapped, size=9.5, va="top", color=INK, linespacing=1.15)
     if inside:
-        axes.text(left + 1.3, bottom + 0.9, fill(inside, int(columns * 1.12)), size=8.5, va="bottom", color=GREY)
+        axes.text(left + 1.3, bottom + 0.9, fill(inside, int(width / 0.68)), size=8.5, va="bottom", color=GREY)
 
 
 def arrow(axes: Axes, points: list[tuple[float, float]]) -> None:

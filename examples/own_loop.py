@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ser_reg import IMAGENET, EquivariantViews, SERLoss, equivariance_score, late_cls, partition_size
-from ser_reg.backbones import patch_tokens
+from ser_reg import IMAGENET, EquivariantViews, SERLoss, equivariance_score, late_cls, partition_size, patch_tokens
+
 from ser_reg.images import load_patches
 
 SIZE, PATCH = 96, 16  # pixels a side

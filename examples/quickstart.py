@@ -173,9 +173,10 @@ def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTran
         views = [view.to(settings.device) for view in make_views(b2)]  # of whole images; each knows how it was made
         pair = [[crops(b1).to(settings.device), view.images] for view in views]
         embeddings, z = [], []
-        with TokenTap(vit, settings.layer) as tap:  # tokens of the latest forward, which is that of b2
-            for view in pair:
-                embeddings.append(torch.cat([vit(x) for x in view]))
+        for of_b1, of_b2 in pair:
+            embeddings.append(vit(of_b1))
+            with TokenTap(vit, settings.layer) as tap:  # the term's tokens, from the forward of b2
+                embeddings[-1] = torch.cat([embeddings[-1], vit(of_b2)])
                 z.append(tap.tokens)
         loss = base = moco(embeddings, pair, cosine(step / settings.steps, 0.99, 1.0))  # b1 and b2 jointly
         logs = {"base_loss": base}
@@ -227,7 +228,7 @@ def draw(path: Path, results: dict, encoders: dict[str, nn.Module], data: Patche
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 12), layout="constrained")
         training, scores, maps = figure.subfigures(3, 1, height_ratios=[1, 1.1, 2])
-        for panel, name in zip(training.subplots(1, 3), ("base_loss", "ser_loss", "ser_accuracy"), strict=True):
+        for panel, name in zip(training.subplots(1, 3), ("base_loss", "ser_loss", "ser_matching"), strict=True):
             panel.set(title=name.replace("_", " "), xlabel="step")
             for i, history in enumerate(arm["history"] for arm in arms.values()):
                 if values := history.get(name):  # means over a tenth of the steps

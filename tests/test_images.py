@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from ser_reg import SERError
-from ser_reg.images import _split_in_space, embedded_photographs, load_patches, read_folder, read_image
+from ser_reg.images import embedded_photographs, load_patches, read_folder, read_image
+from ser_reg.images.patches import _split_in_space
 
 # Folders
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ser_reg.distributed import rank_and_world_size
+from ser_reg.distributed import all_gather_single, rank_and_world_size
 
 __all__ = ["all_gather", "all_reduce"]
 
@@ -20,7 +20,7 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size == 1:
         return x.detach()
     gathered = x.new_empty(world_size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.detach().contiguous())
+    all_gather_single(gathered, x.detach().contiguous())
     return gathered
 
 

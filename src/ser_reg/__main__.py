@@ -9,7 +9,7 @@ from pathlib import Path
 from .backbones import backbone, late_cls
 from .check import check
 from .errors import SERError, require
-from .export import load_encoder
+from .export import is_timm_name, load_encoder
 
 __all__ = ["main"]
 
@@ -39,23 +39,45 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _check(model: str, *, layer: int = 3, batch_size: int = 256, ratio: float = 0.01, world_size: int = 1) -> int:
+def _check(
+    model: str,
+    *,
+    images: Path | None = None,
+    image_size: int | None = None,
+    layer: int = 3,
+    batch_size: int = 256,
+    ratio: float = 0.01,
+    world_size: int = 1,
+) -> int:
     """Does the term train what it should?
 
-    Four questions: does its gradient reach the early layers and nothing else, has the true relation a lower loss than
-    a wrong one, do one process and two agree, and is there memory for it?
+    Does [CLS] join at its layer, does its gradient reach the early layers and nothing else, has the true relation a
+    lower loss than a wrong one, do one process and two agree, and is there memory for it?
 
     Args:
-        model: a timm name, a folder that export_timm wrote, or "package.module:function" that returns your model
+        model: a timm name, to which late_cls is applied; a folder that export_timm wrote, or
+            "package.module:function" that returns your model, both as they are
+        images: folder with images at any depth in it; by default noise
+        image_size: pixels a side; by default what the model was built for
         layer: blocks ahead of the regularized tokens
         batch_size: images of a rank
         ratio: part of them that goes to the term
         world_size: ranks
     """
     encoder = load_encoder(model, pretrained=False)
-    if backbone(encoder).has_prefix:
-        late_cls(encoder, layer)
-    found = check(encoder, layer=layer, batch_size=batch_size, ratio=ratio, world_size=world_size)
+    trunk = backbone(encoder, f"python -m ser_reg check {model}")
+    trunk.check_layer(f"python -m ser_reg check MODEL --layer {layer}", layer)
+    if is_timm_name(model) and trunk.has_prefix:
+        late_cls(encoder, min(layer, trunk.depth - 1))
+    found = check(
+        encoder,
+        images,
+        layer=layer,
+        batch_size=batch_size,
+        ratio=ratio,
+        world_size=world_size,
+        image_size=image_size,
+    )
     print(found)
     return 0 if found.passed else 1
 

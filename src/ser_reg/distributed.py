@@ -13,11 +13,16 @@ from .errors import SERError, require
 __all__ = [
     "all_gather",
     "all_gather_counts",
+    "all_gather_single",
     "broadcast",
     "mark_as_raised_on_all_ranks",
     "raise_on_all_ranks",
     "rank_and_world_size",
 ]
+
+# Since torch 2.14 these have new names, and the old ones warn.
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 HEADER = 16  # numbers that a rank sends before it gathers: whether it can take part, counts, what all must have alike
 _RAISED = "raised_on_all_ranks"  # attribute of an error that every rank has raised already
@@ -77,7 +82,7 @@ def all_gather_counts(
     device = _exchange_device(device, group)
     mine = torch.tensor(header + [0.0] * (HEADER - len(header)), dtype=torch.float64, device=device)
     gathered = mine.new_empty(dist.get_world_size(group) * HEADER)
-    dist.all_gather_into_tensor(gathered, mine, group)
+    all_gather_single(gathered, mine, group)
     headers: list[list[float]] = gathered.view(-1, HEADER).tolist()
 
     if not all(fine for fine, *_ in headers):
@@ -158,7 +163,7 @@ class _AllGather(torch.autograd.Function):
         padded = x.new_zeros(max(lengths), x.shape[1])
         padded[: len(x)] = x
         gathered = x.new_empty(len(lengths), *padded.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group)
+        all_gather_single(gathered.flatten(0, 1), padded, group)
         return tuple(shard[:n] for shard, n in zip(gathered, lengths, strict=True))
 
     @staticmethod
@@ -168,5 +173,5 @@ class _AllGather(torch.autograd.Function):
         for shard, grad in zip(padded, grads, strict=True):
             shard[: len(grad)] = grad
         mine = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=ctx.group)
+        reduce_scatter_single(mine, padded.flatten(0, 1), group=ctx.group)
         return mine[: ctx.lengths[dist.get_rank(ctx.group)]], None, None

@@ -258,7 +258,10 @@ class Backbone(ABC):
     def check_layers(self, call: str, layers: Any) -> list[int]:
         """These numbers of layers, in order and each once; raise unless there are some, as a list."""
         several = isinstance(layers, Iterable) and not isinstance(layers, (str, Tensor, Mapping))
-        given, remedy = f"layers={layers!r}", f"layers=[{layers!r}]" if isinstance(layers, int) else "layers=[1, 3]"
+        given, remedy = (
+            f"layers={layers!r}",
+            f"layers=[{layers!r}]" if type(layers) is int else f"layers=[{min(3, self.depth)}]",
+        )
         expected = "several numbers of layers"
         require(several, call, given, expected, remedy)
         found = list(layers)

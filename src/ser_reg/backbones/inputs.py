@@ -69,6 +69,6 @@ def warn_if_far(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 def _levels_inside() -> int:
     """How many calls up the user's line is: where the warning is shown, and once for each such line."""
     package, levels, frame = __name__.split(".")[0], 2, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (package, "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (package, "torch", "timm"):
         levels, frame = levels + 1, frame.f_back
     return levels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import SERError, require
+from ..errors import SERError
 from .families import backbone
 from .inputs import warn_if_far
 
@@ -68,11 +68,11 @@ def patch_tokens(model: nn.Module, images: Tensor, layer: int | Iterable[int]) -
 class TokenTap:
     """Patch tokens of the forward that runs anyway, with their gradient.
 
-    While the tap is open, `tokens` is what the latest forward of the model had after `layer` blocks; read it after
-    each, as of two forwards those of the first would be lost. The forward may go through DDP or FSDP2 around the model. Recomputation by activation checkpointing is not a forward: tokens stay
-    those of the forward, whichever way timm checkpoints (checkpointing the whole model with ``use_reentrant=True``
-    runs its forward without gradients, and then they have none). Closing the tap leaves nothing on the model;
-    copies made meanwhile carry a closed tap.
+    While the tap is open, `tokens` is what the latest forward of the model had after `layer` blocks. Read it after each
+    forward: of two, the first one's would be lost. The forward may go through DDP or FSDP2 around the model.
+    Recomputation by activation checkpointing is not a forward: tokens stay those of the forward, whichever way timm
+    checkpoints (checkpointing the whole model with ``use_reentrant=True`` runs its forward without gradients, and then
+    they have none). Closing the tap leaves nothing on the model; copies made meanwhile carry a closed tap.
 
     torch.compile keeps what it compiled before the tap was opened, so that the tap hears nothing and `tokens`
     raises: there, use `patch_tokens`.
@@ -85,9 +85,9 @@ class TokenTap:
         tokens: (B, D, h, w) of the latest forward, never detached.
 
     Raises:
-        SERError: unknown family or wrapper, layer out of range; on reading `tokens`, when no forward has reached
-            the layer, or several have since it was last read; on a forward with patch dropout in training, or with images of a size that does not fill the
-            grid of the map.
+        SERError: unknown family or wrapper, layer out of range; on reading `tokens`, when no forward has reached the
+            layer, or several have since it was last read; on a forward with patch dropout in training, or with images
+            of a size that does not fill the grid of the map.
 
     Source: f^(1) of Section 3.1 of the paper.
 
@@ -122,15 +122,14 @@ class TokenTap:
                 "tap.tokens", given, "a forward of model, not compiled before, inside the with-block", remedy
             )
         if self._missed:
-            self._forget()
             self._missed = False
-        require(
-            self._tokens is not None,
-            "tap.tokens",
-            "several forwards since it was last read: of which of them?",
-            "one forward, then its tokens",
-            f"with {self._call} as tap: maps = [(model(x), tap.tokens)[1] for x in (images1, images2)]",
-        )
+            self._forget()
+            given, expected = (
+                "several forwards since it was last read: of which of them?",
+                "one forward, then its tokens",
+            )
+            remedy = f"with {self._call} as tap: z = [(model(x), tap.tokens)[1] for x in (images1, images2)]"
+            raise SERError("tap.tokens", given, expected, remedy)
         self._read_once = True
         return self._tokens
 

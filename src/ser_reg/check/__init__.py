@@ -1,4 +1,4 @@
-"""Does the term train what it should? A question is a function, in one file with those of its kind; `run.py` asks them."""
+"""Does the term train what it should? A question is a function in one of these files; `run.py` asks them."""
 
 from .base import CheckReport, Finding
 from .run import check

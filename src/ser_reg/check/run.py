@@ -108,8 +108,9 @@ def check(
 def _case(model: nn.Module, images: Tensor, layer: int, term: type[Objective] | Objective) -> Case:
     """Copies, in evaluation mode, and views that the model takes."""
     trunk = backbone(copy.deepcopy(model).eval())
-    one_size = {} if trunk.any_size else {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    make_views = EquivariantViews(trunk.stride(layer), **one_size)
+    make_views = EquivariantViews(trunk.stride(layer))
+    if not trunk.any_size:
+        make_views = EquivariantViews(trunk.stride(layer), scale=(1.0, 1.0), ratio=(1.0, 1.0))
     draws = [make_views(images, torch.Generator().manual_seed(seed)) for seed in range(DRAWS)]
     with torch.no_grad():
         maps = [features(trunk.model, views, layer) for views in draws]

@@ -77,7 +77,9 @@ def teacher_finding(trunk: Backbone, teacher: nn.Module) -> Finding:
     other = _teacher(teacher)
     figure = f"after {other.cls_layer} blocks, the student's after {trunk.cls_layer}"
     remedy = f"late_cls(teacher, {trunk.cls_layer})"
-    return Finding("the teacher's [CLS] joins as the student's does", other.cls_layer == trunk.cls_layer, figure, remedy)
+    return Finding(
+        "the teacher's [CLS] joins as the student's does", other.cls_layer == trunk.cls_layer, figure, remedy
+    )
 
 
 def _teacher(teacher: nn.Module) -> Backbone:

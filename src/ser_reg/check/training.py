@@ -37,7 +37,9 @@ def gradient_finding(case: Case) -> Finding:
     if frozen:
         figure += f"; frozen: {', '.join(frozen)}"
     question = f"the gradient reaches the term and early {trunk.unit} only"
-    return Finding(question, min(norms.values(), default=0.0) > 0 and behind == 0, figure, _remedy(case, frozen, behind))
+    return Finding(
+        question, min(norms.values(), default=0.0) > 0 and behind == 0, figure, _remedy(case, frozen, behind)
+    )
 
 
 def _remedy(case: Case, frozen: list[str], behind: float) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone, backbone
-from ..errors import require
+from ..errors import require, require_tensor
 from ..geometry import GroupElement, act
 
 __all__ = ["equivariance_score", "transformations"]
@@ -49,7 +49,7 @@ def equivariance_score(
         ``scores[transformation][layer][reading]``, numbers in [-1, 1].
 
     Raises:
-        SERError: fewer than two images, or what `patch_tokens` raises.
+        SERError: fewer than two images, layers that are no list of numbers, or what `patch_tokens` raises.
 
     Source: Appendix A.2 of the paper ("Equivariance score", Table 4) for the raw reading.
 
@@ -60,15 +60,19 @@ def equivariance_score(
         >>> list(scores), list(scores["flip"]), list(scores["flip"][2])
         (['rotation', 'flip', 'scale'], [1, 2], ['raw', 'spatial', 'raw_floor', 'spatial_floor'])
     """
+    call = "equivariance_score(model, images)"
+    require_tensor(call, images)
     require(
         images.ndim == 4 and len(images) >= 2,
-        "equivariance_score(model, images)",
+        call,
         f"images {tuple(images.shape)}",
         "a batch (B, C, H, W) of at least two: another image is the floor",
         "equivariance_score(model, images[:64])",
     )
-    seen = backbone(model)
-    chosen = list(range(1, seen.depth + 1)) if layers is None else sorted(set(layers))
+    seen = backbone(model, call)
+    chosen = list(range(1, seen.depth + 1))
+    if layers is not None:
+        chosen = seen.check_layers("equivariance_score(model, images, layers=...)", layers)
     other = _other(len(images), generator)
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -118,7 +122,8 @@ def _other(n: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _tokens(seen: Backbone, images: Tensor, layers: list[int]) -> dict[int, Tensor]:
-    batches = [seen.maps(batch, layers) for batch in torch.split(images, BATCH)]
+    call = "equivariance_score(model, images)"
+    batches = [seen.maps(batch, layers, call) for batch in torch.split(images, BATCH)]
     return {layer: torch.cat([maps[layer] for maps in batches]).float() for layer in layers}
 
 

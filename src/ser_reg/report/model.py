@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbones import Backbone, backbone
+from ..errors import SERError
 from .base import Subject
 from .sections import SECTIONS
 
@@ -28,11 +29,25 @@ def subject_of(
     """A model, with all its layers and its own image size where nothing else is asked for.
 
     Raises:
-        SERError: of no known family.
+        SERError: of no known family, or without such layers or images of such a size.
     """
-    trunk = backbone(model)
-    chosen = list(range(trunk.depth + 1)) if layers is None else layers
+    trunk = backbone(model, "report(models)")
+    chosen = list(range(trunk.depth + 1))
+    if layers is not None:
+        chosen = trunk.check_layers("report(models, layers=...)", layers)
+    if image_size is not None:
+        _check_size(trunk, image_size, max(chosen))
     return Subject(name, model, photographs, image_size or trunk.size, chosen, seed, stem)
+
+
+def _check_size(trunk: Backbone, size: tuple[int, int], layer: int) -> None:
+    """Raise for a size that the model does not take, with one that it does."""
+    try:
+        trunk.check_size(f"report(models, image_size={size})", size, layer)
+    except SERError as error:
+        near = tuple(max(1, round(side / trunk.stride(layer))) * trunk.stride(layer) for side in size)
+        remedy = f"report(models, image_size={near})" if trunk.any_size else error.remedy
+        raise SERError(error.call, error.given, error.expected, remedy) from error
 
 
 def measure(subject: Subject, progress: Callable[..., None]) -> dict[str, Any]:
@@ -53,7 +68,8 @@ def measure(subject: Subject, progress: Callable[..., None]) -> dict[str, Any]:
     record["left_out"] = [reason for section in SECTIONS for reason in section.left_out(subject)]
     for section in SECTIONS:
         record |= section.measure(subject)
-    record["findings"] = [sentence for section in SECTIONS for sentence in section.find(record)]
+    record["findings"] = [trunk.joins] if trunk.cls_layer else []
+    record["findings"] += [sentence for section in SECTIONS for sentence in section.find(record)]
     return record | {"seconds": round(time.monotonic() - start, 1)}
 
 

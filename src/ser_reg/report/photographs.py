@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import require
-from ..images import embedded_photographs, read_folder
+from ..images import cut, embedded_photographs, read_folder
 
 __all__ = ["collect", "cuts", "whole"]
 
@@ -38,10 +37,13 @@ def collect(
     remedy = "report(models, images, max_images=64)  # --max-images 64"
     require(limit >= 2, call, f"max_images={limit}", expected, remedy)
     if isinstance(images, (str, Path)):
-        images, unreadable = read_folder(images, limit, seed)
+        remedy = "report(models, 'FOLDER')  # --images FOLDER, with FOLDER/*.jpg or in folders inside"
+        images, unreadable = read_folder(images, limit, seed, call=f"report(models, {str(images)!r})", remedy=remedy)
     elif images is None:
         images = embedded_photographs()
     elif not isinstance(images, Mapping):
+        given, kinds = f"images={images!r}"[:80], "images, a folder or None"
+        require(isinstance(images, Iterable), call, given, kinds, "report(models)  # embedded photographs")
         images = {f"image {i}": image for i, image in enumerate(images)}
     remedy = "report(models)  # the photographs that come with scikit-image"
     require(len(images) >= 2, call, f"{len(images)} images", expected, remedy)
@@ -53,6 +55,14 @@ def collect(
 
 def _checked(name: str, image: Tensor) -> Tensor:
     call = "report(models, images)"
+    to_tensor = "torchvision.transforms.functional.to_tensor"
+    require(
+        isinstance(image, Tensor),
+        call,
+        f"{name}: a {type(image).__name__}",
+        "tensors (3, height, width)",
+        f"report(models, [{to_tensor}(image) for image in images])",
+    )
     require(
         image.ndim == 3 and image.shape[0] == 3 and 0 not in image.shape,
         call,
@@ -74,7 +84,7 @@ def _checked(name: str, image: Tensor) -> Tensor:
 
 def whole(image: Tensor, size: tuple[int, int]) -> Tensor:
     """(3, height, width), values in [0, 1]: the largest centred part of this shape, resized."""
-    return _cut(image, size, 1.0, 0.5, 0.5)
+    return cut(image, size)
 
 
 def cuts(image: Tensor, size: tuple[int, int], count: int, generator: torch.Generator) -> list[Tensor]:
@@ -82,15 +92,4 @@ def cuts(image: Tensor, size: tuple[int, int], count: int, generator: torch.Gene
     if count == 1:
         return [whole(image, size)]
     draws = torch.rand(count, 3, generator=generator).tolist()
-    return [_cut(image, size, SIDES[0] + u * (SIDES[1] - SIDES[0]), top, left) for u, top, left in draws]
-
-
-def _cut(image: Tensor, size: tuple[int, int], side: float, top: float, left: float) -> Tensor:
-    """Of the shape of `size`, positioned by numbers in [0, 1] between the image's borders, resized to `size`."""
-    height, width = image.shape[-2:]
-    unit = side * min(height / size[0], width / size[1])
-    rows, columns = (max(1, round(unit * length)) for length in size)
-    y, x = round(top * (height - rows)), round(left * (width - columns))
-    cut = image[None, :, y : y + rows, x : x + columns]
-    cut = cut.float() / 255 if cut.dtype == torch.uint8 else cut
-    return F.interpolate(cut, size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return [cut(image, size, SIDES[0] + u * (SIDES[1] - SIDES[0]), top, left) for u, top, left in draws]

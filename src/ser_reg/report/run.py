@@ -71,11 +71,10 @@ def report(
     except ImportError as error:
         expected = "jinja2, matplotlib, rich, scikit-image and scikit-learn"
         raise SERError("report(models)", str(error), expected, 'pip install "ser-reg[report]"') from error
-    _require_usable(models, device)
+    _require_usable(models, layers, device)
     photographs, unreadable = collect(images, max_images, seed)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"layers": None if layers is None else sorted(set(layers))}
+    folder = _folder(output_dir)
+    settings: dict[str, Any] = {"layers": None if layers is None else list(layers)}
     settings |= {"image_size": (image_size, image_size) if isinstance(image_size, int) else image_size, "seed": seed}
     result: dict[str, Any] = {
         "images": {"names": list(photographs), "unreadable": unreadable},
@@ -147,9 +146,25 @@ class NamedEncoders(Mapping[str, nn.Module]):
             raise SERError(error.call, error.given, "weights that can be downloaded", remedy) from error
 
 
-def _require_usable(models: Mapping[str, nn.Module], device: str | torch.device | None) -> None:
+def _folder(output_dir: str | Path) -> Path:
+    """Made if missing."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        call, given = f"report(models, output_dir={str(output_dir)!r})", f"{type(error).__name__}: {error}"
+        raise SERError(call, given, "a folder that can be written", 'report(models, output_dir="report")') from error
+    return Path(output_dir)
+
+
+def _require_usable(models: Mapping[str, nn.Module], layers: Any, device: str | torch.device | None) -> None:
     remedy = 'report({"ViT-S": load_encoder("vit_small_patch16_224")})'
+    kind = type(models).__name__
+    require(isinstance(models, Mapping), "report(models)", f"a {kind}", "models by name", 'report({"mine": model})')
     require(models, "report({})", "no model", "at least one, by name", remedy)
+    several = layers is None or (isinstance(layers, Iterable) and not isinstance(layers, (str, Tensor)))
+    remedy = f"report(models, layers=[{layers!r}])" if type(layers) is int else "report(models, layers=[3])"
+    given, expected = f"layers={layers!r}", "several numbers of layers"
+    require(several, "report(models, layers=...)", given, expected, remedy)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
