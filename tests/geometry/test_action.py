@@ -191,3 +191,21 @@ def test_no_map_has_a_size_all_the_same():
 def test_other_things_than_elements_and_maps_are_named(pair):
     with pytest.raises(SERError, match="a GroupElement and a tensor"):
         act(*pair)
+
+
+@pytest.mark.parametrize(("old", "new"), [((16, 16), (12, 20)), ((24, 24), (6, 6))])
+def test_temporaries_stay_small_and_chunks_large(old, new, monkeypatch):
+    """Whatever the batch: each chunk fits the limit, forward and backward, and two of them would not."""
+    chunks, resample = [], module._resample
+
+    def watched(maps, rows, columns):
+        moved = resample(maps, rows, columns)
+        chunks.append((len(maps), max(maps.numel(), moved.numel()) * 4))
+        return moved
+
+    monkeypatch.setattr(module, "_resample", watched)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 4 * 5 * max(old[0] * old[1], new[0] * new[1]) + 1)
+    x = torch.randn(35, 5, *old, requires_grad=True)
+    act(GroupElement.scaling(new[0] / old[0], new[1] / old[1]), x).sum().backward()
+    assert [images for images, _ in chunks] == 2 * [10, 10, 10, 5]
+    assert max(size for _, size in chunks) <= module.CHUNK_BYTES
