@@ -50,11 +50,12 @@ class Step:
         for module in (self.vit, self.head, self.ser):
             module.zero_grad(set_to_none=True)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
-            with TokenTap(self.vit, LAYER) as tap:
-                embeddings, maps = [], []
-                for view in pair:
-                    embeddings.append(torch.cat([self.vit(x) for x in view]))
-                    maps.append(tap.tokens)  # of b2, which comes last
+            embeddings, maps = [], []
+            for b1, b2 in pair:
+                cropped = self.vit(b1)
+                with TokenTap(self.vit, LAYER) as tap:
+                    embeddings.append(torch.cat([cropped, self.vit(b2)]))
+                    maps.append(tap.tokens)
             loss = self.base(embeddings, pair)
             if mode == "patch_tokens":
                 maps = [patch_tokens(self.vit, view.images, LAYER) for view in views]

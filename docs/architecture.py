@@ -32,7 +32,7 @@ LIBRARY = {
     "__main__.py": ((1, 139, 77.5, 81), "the command line", False),
     "report/": ((1, 139, 69, 77), "models side by side, on one page: a file a section", True),
     "check/": ((1, 69, 65, 68.5), "does my training train?", False),
-    "export.py": ((70, 139, 65, 68.5), "checkpoints that timm loads", False),
+    "export/": ((70, 139, 65, 68.5), "checkpoints that timm loads", False),
     "objectives/": ((1, 48, 56.5, 64.5), "the terms: features and views → Output(loss, logs)", True),
     "metrics/": ((49, 103, 56.5, 64.5), "how equivariant is a model, by transformation and layer", False),
     "losses/": ((1, 29, 48, 56), "exact on any number of ranks", False),
@@ -40,7 +40,7 @@ LIBRARY = {
     "distributed.py": ((1, 48, 39.5, 47.5), "ranks and their number, and gathering with gradient", False),
     "geometry/": ((49, 67, 39.5, 47.5), "what moves a map", False),
     "backbones/": ((68, 103, 39.5, 56), "all that is asked of a model, and its maps by layer: a file a family", True),
-    "images.py": ((104, 121, 39.5, 64.5), "image files, photographs, ImageNet's mean and deviation", False),
+    "images/": ((104, 121, 39.5, 64.5), "image files, photographs, ImageNet's mean and deviation", False),
     "records.py": (
         (122, 139, 39.5, 64.5),
         "files that are whole or not there, and what figures were measured on",

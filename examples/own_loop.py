@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ser_reg import IMAGENET, EquivariantViews, SERLoss, equivariance_score, late_cls, partition_size, patch_tokens
-
 from ser_reg.images import load_patches
 
 SIZE, PATCH = 96, 16  # pixels a side

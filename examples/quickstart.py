@@ -169,14 +169,13 @@ def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTran
     log = []
     for step in track(range(settings.steps), f"MoCo-v3, λ = {weight:g}"):
         batch = images[torch.randperm(len(images))[: settings.batch_size]]
-        b1, b2 = batch[:-n], batch[-n:]
-        views = [view.to(settings.device) for view in make_views(b2)]  # of whole images; each knows how it was made
-        pair = [[crops(b1).to(settings.device), view.images] for view in views]
+        views = [view.to(settings.device) for view in make_views(batch[-n:])]  # b2 whole; each knows how it was made
+        pair = [[crops(batch[:-n]).to(settings.device), view.images] for view in views]  # b1 is cropped
         embeddings, z = [], []
-        for of_b1, of_b2 in pair:
-            embeddings.append(vit(of_b1))
+        for b1, b2 in pair:
+            cropped = vit(b1)
             with TokenTap(vit, settings.layer) as tap:  # the term's tokens, from the forward of b2
-                embeddings[-1] = torch.cat([embeddings[-1], vit(of_b2)])
+                embeddings.append(torch.cat([cropped, vit(b2)]))
                 z.append(tap.tokens)
         loss = base = moco(embeddings, pair, cosine(step / settings.steps, 0.99, 1.0))  # b1 and b2 jointly
         logs = {"base_loss": base}

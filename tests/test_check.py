@@ -1,99 +1,167 @@
 """The check finds what it is made to find, and passes what is right."""
 
+import shutil
+import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from torch import nn
 
-from ser_reg import SERError, SERLoss, check, late_cls
+from ser_reg import IMAGENET, SERError, SERLoss, check, late_cls
 from ser_reg.check import CheckReport, Finding
+from ser_reg.check import processes as two_processes
+from ser_reg.check import run as asking
 
 LAYER = 2
+CLS, GRADIENT, RELATION, PROCESSES, MEMORY = range(-5, 0)  # those that are always asked; others come between
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+
+
+def model(layer=LAYER, **kwargs):
+    torch.manual_seed(0)
+    return late_cls(timm.models.VisionTransformer(**SIZES, dynamic_img_size=True, **kwargs), layer)
 
 
 @pytest.fixture
 def vit():
-    return late_cls(
-        timm.models.VisionTransformer(
-            img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=0, dynamic_img_size=True
-        ),
-        LAYER,
-    )
+    return model()
 
 
-def test_passes_what_is_right_and_leaves_it_alone(vit):
-    before = {name: value.clone() for name, value in vit.state_dict().items()}
-    report = check(vit, layer=LAYER, batch_size=64, ratio=0.1, world_size=8)
+@pytest.fixture
+def alone(monkeypatch):
+    """No process is started; what is asked of them is answered with yes."""
+    monkeypatch.setattr(asking, "processes_finding", lambda case: Finding("processes", True, "not asked"))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """What is right, and what the two processes answered: they are started once."""
+    answers = tmp_path_factory.mktemp("answers")
+    start = two_processes._run_ranks
+
+    def run_and_keep(folder):
+        failed = start(folder)
+        shutil.copytree(folder, answers, dirs_exist_ok=True)
+        return failed
+
+    vit, ser = model().train(), SERLoss(32, projection_dim=16).train()
+    before = {name: value.clone() for part in (vit, ser) for name, value in part.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two_processes, "_run_ranks", run_and_keep)
+        report = check(vit, layer=LAYER, term=ser, batch_size=64, ratio=0.1, world_size=8)
+    return vit, ser, before, report, answers
+
+
+def test_passes_what_is_right_and_leaves_it_alone(healthy):
+    vit, ser, before, report, _ = healthy
     assert report.passed, str(report)
-    assert len(str(report).splitlines()) == 4
+    assert len(str(report).splitlines()) == 5
     assert all(line.startswith("pass  ") for line in str(report).splitlines())
-    assert all(torch.equal(value, vit.state_dict()[name]) for name, value in before.items())
-    assert all(p.grad is None for p in vit.parameters())
+    now = vit.state_dict() | ser.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in before.items())
+    assert all(p.grad is None and p.requires_grad for part in (vit, ser) for p in part.parameters())
     assert vit.training
-
-
-def test_finds_features_that_no_gradient_reaches(vit):
-    """As with the paper's release: the tokens are there, the gradient is not."""
-
-    def detached(module, args, output):
-        return output.detach().requires_grad_()
-
-    vit.blocks[LAYER - 1].register_forward_hook(detached)
-    gradient = check(vit, layer=LAYER).findings[0]
-    assert not gradient.passed
-    assert "smallest norm 0.0e+00" in str(gradient)
-    assert str(gradient).startswith("FAIL  ")
-
-
-def test_finds_features_that_know_no_place(vit):
-    """Tokens that are all alike have the same loss under any relation."""
-
-    class Same(torch.nn.Module):
-        def forward(self, tokens):
-            return tokens.mean(1, keepdim=True).expand_as(tokens).contiguous()
-
-    vit.norm_pre = Same()
-    assert not check(vit, layer=LAYER).findings[1].passed
-
-
-def test_finds_processes_that_disagree(vit, monkeypatch):
-    """The parent counts with other weights than its children: value and gradient then differ."""
-    from ser_reg import check as _  # noqa: F401
-
-    module = sys.modules["ser_reg.check"]
-    true = module._value_and_gradients
-    monkeypatch.setattr(module, "_value_and_gradients", lambda *given: [1.01 * value for value in true(*given)])
-    processes = check(vit, layer=LAYER).findings[2]
-    assert not processes.passed
-    assert "gradients by 9.9e-03" in processes.figure
-
-
-def test_finds_too_little_memory(vit):
-    memory = check(vit, layer=LAYER, batch_size=10**7, ratio=1).findings[3]
-    assert not memory.passed
-
-
-def test_own_images(vit):
-    assert check(vit, torch.rand(3, 3, 32, 32), layer=LAYER).findings[0].passed
-    with pytest.raises(SERError, match="at least three images"):
-        check(vit, torch.rand(2, 3, 32, 32), layer=LAYER)
+    assert ser.training
 
 
 def test_report():
-    report = CheckReport((Finding("it stands", True, "1"), Finding("it falls", False, "2")))
-    assert str(report) == "pass  it stands: 1\nFAIL  it falls: 2"
+    report = CheckReport((Finding("it stands", True, "1", "sit()"), Finding("it falls", False, "2", "stand()")))
+    assert str(report) == "pass  it stands: 1\nFAIL  it falls: 2; type: stand()"
     assert not report.passed
+    assert CheckReport(report.findings[:1]).passed
 
 
-def test_own_term_is_left_alone(vit):
-    term = SERLoss(32, projection_dim=16).train()
-    before = {name: value.clone() for name, value in term.state_dict().items()}
-    report = check(vit, layer=LAYER, term=term)
-    assert report.passed, str(report)
-    assert all(torch.equal(value, term.state_dict()[name]) for name, value in before.items())
-    assert all(p.grad is None for p in term.parameters())
-    assert term.training
+class TestGradient:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    @pytest.mark.parametrize("layer", range(5))
+    def test_every_layer_can_be_asked(self, layer):
+        """To the last one, where nothing lies behind."""
+        report = check(model(min(layer, 3)), layer=layer)
+        assert report.passed, str(report)
+
+    def test_finds_features_that_no_gradient_reaches(self, vit):
+        """As with the paper's release: the tokens are there, the gradient is not."""
+        vit.blocks[LAYER - 1].register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+        gradient = check(vit, layer=LAYER).findings[GRADIENT]
+        assert not gradient.passed
+        assert "smallest norm 0.0e+00" in gradient.figure
+        assert str(gradient).endswith(f"type: {gradient.remedy}")
+        assert gradient.remedy.startswith("z = patch_tokens(model, view.images, layer=2)")
+
+    @pytest.mark.parametrize("frozen", [[0, 1], [0], [1]])
+    def test_finds_frozen_blocks(self, vit, frozen):
+        for index in frozen:
+            vit.blocks[index].requires_grad_(False)
+        gradient = check(vit, layer=LAYER).findings[GRADIENT]
+        assert not gradient.passed
+        assert gradient.figure.endswith("frozen: " + ", ".join(f"block {index + 1}" for index in frozen))
+        exec(gradient.remedy, {"model": vit})
+        assert check(vit, layer=LAYER).passed
+
+    def test_finds_a_frozen_model_and_a_frozen_term(self, vit):
+        for layer in (0, LAYER):
+            assert not check(late_cls(model(), layer).requires_grad_(False), layer=layer).findings[GRADIENT].passed
+        term = SERLoss(32).requires_grad_(False)
+        gradient = check(vit, layer=LAYER, term=term).findings[GRADIENT]
+        assert gradient.figure.endswith("frozen: the term")
+        exec(gradient.remedy, {"term": term})
+        assert check(vit, layer=LAYER, term=term).passed
+        both = check(vit.requires_grad_(False), layer=LAYER, term=term.requires_grad_(False)).findings[GRADIENT]
+        assert not both.passed
+
+    def test_a_stem_and_blocks_behind_may_be_frozen(self, vit):
+        """As MoCo-v3 freezes the projection of patches."""
+        vit.patch_embed.requires_grad_(False)
+        vit.blocks[LAYER:].requires_grad_(False)
+        assert check(vit, layer=LAYER).passed
+
+    def test_finds_a_map_that_depends_on_later_blocks(self, vit):
+        vit.blocks[LAYER - 1].later = [vit.blocks[-1].mlp]
+        vit.blocks[LAYER - 1].register_forward_hook(lambda module, args, out: out + 0.1 * module.later[0](out))
+        gradient = check(vit, layer=LAYER).findings[GRADIENT]
+        assert not gradient.passed
+        assert "smallest norm 0.0e+00" not in gradient.figure
+        assert "check(model, layer=4)" in gradient.remedy
+
+
+class TestRelation:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    def test_finds_features_that_know_no_place(self, vit):
+        """Tokens that are all alike have the same loss under any relation, and match nowhere."""
+
+        class Same(nn.Module):
+            def forward(self, tokens):
+                return tokens.mean(1, keepdim=True).expand_as(tokens).contiguous()
+
+        vit.norm_pre = Same()
+        relation = check(vit, layer=LAYER).findings[RELATION]
+        assert not relation.passed
+        assert relation.figure.startswith("matching 0.00 (chance 0.0")
+        assert relation.remedy.startswith("equivariance_score(model, images, layers=[2])")
+
+    def test_shows_how_often_tokens_find_their_place(self, vit):
+        """A network that looks at the colour of each patch alone, in noise of one size."""
+        static = timm.models.VisionTransformer(**SIZES)
+        with torch.no_grad():
+            static.pos_embed.zero_()
+            weight = static.patch_embed.proj.weight
+            weight.copy_(weight.mean((2, 3), keepdim=True).expand_as(weight))
+        figure = check(static, layer=0).findings[RELATION].figure
+        assert float(figure.split()[1]) > 0.9
+        assert figure.split("chance ")[1].startswith("0.06")  # of 16 places
+        assert figure.index("matching") < figure.index("loss")
+
+    def test_finds_a_term_that_is_wrong(self):
+        """Any term of the interface can be asked; one size of images, so that every relation gives the same grid."""
+        static = late_cls(timm.models.VisionTransformer(**SIZES), LAYER)
+        report = check(static, layer=LAYER, term=Wrong)
+        assert report.findings[GRADIENT].passed
+        assert not report.findings[RELATION].passed
 
 
 class Wrong(SERLoss):
@@ -104,14 +172,250 @@ class Wrong(SERLoss):
         return super().compare(features, [view1, view2._replace(relation=view1.relation @ view1.relation)], group)
 
 
-def test_finds_a_term_that_is_wrong():
-    """Any term of the interface can be asked; one size of images, so that every relation gives the same grid."""
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=0)
-    gradient, true_relation, *_ = check(vit, layer=LAYER, term=Wrong).findings
-    assert gradient.passed
-    assert not true_relation.passed
+class TestProcesses:
+    def test_finds_values_that_disagree(self, healthy, monkeypatch):
+        """The parent counts with other weights than its children did: value and gradient then differ."""
+        vit, ser, *_, answers = healthy
+        replay = lambda folder: shutil.copytree(answers, folder, dirs_exist_ok=True) and ""  # noqa: E731
+        monkeypatch.setattr(two_processes, "_run_ranks", replay)
+        assert check(vit, layer=LAYER, term=ser).findings[PROCESSES].passed
+        true = two_processes._value_and_gradients
+        monkeypatch.setattr(two_processes, "_value_and_gradients", lambda *given: [1.01 * v for v in true(*given)])
+        processes = check(vit, layer=LAYER, term=ser).findings[PROCESSES]
+        assert not processes.passed
+        assert "gradients by 9.9e-03" in processes.figure
+        assert "all_gather" in str(processes)
+
+    @pytest.mark.parametrize(
+        ("command", "figure"),
+        [("raise SystemExit('out of luck')", "out of luck"), ("while True: pass", "no answer in 1")],
+    )
+    def test_says_why_a_process_gave_up(self, vit, monkeypatch, command, figure):
+        popen = subprocess.Popen
+        monkeypatch.setattr(two_processes, "SECONDS", 1 if "while" in command else 60)
+        monkeypatch.setattr(subprocess, "Popen", lambda arguments, **how: popen([sys.executable, "-c", command], **how))
+        processes = check(vit, layer=LAYER).findings[PROCESSES]
+        assert not processes.passed
+        assert figure in processes.figure
 
 
-def test_layer_that_is_not_there(vit):
-    with pytest.raises(SERError, match=r"check\(model, layer=3\)"):
-        check(vit, layer=9)
+class TestMemory:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    def test_finds_too_little(self, vit):
+        memory = check(vit, layer=LAYER, batch_size=10**7, ratio=1.0).findings[MEMORY]
+        assert not memory.passed
+        ratio = float(memory.remedy.split(", ")[1])  # n = partition_size(10000000, ratio, 1)
+        assert check(vit, layer=LAYER, batch_size=10**7, ratio=ratio).findings[MEMORY].passed
+
+    def test_grows_with_images_and_ranks(self, vit):
+        def figures(**kwargs):
+            words = check(vit, layer=LAYER, **kwargs).findings[MEMORY].figure.replace(",", "").split()
+            return [int(words[i - 1]) for i, word in enumerate(words) if word == "MiB"]
+
+        once, twice, ranks = (
+            figures(batch_size=n, ratio=1.0, world_size=w) for n, w in ((2000, 1), (4000, 1), (2000, 3))
+        )
+        assert twice[:2] == [pytest.approx(2 * value, abs=2) for value in once[:2]]
+        assert (once[2], ranks[2]) == (0, pytest.approx(2 * 2 * 2000 * 16 * 512 * 8 / 2**20, rel=0.3))
+
+
+class TestClassToken:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    @pytest.mark.parametrize(("joins", "layer"), [(0, 2), (3, 2), (1, 2), (2, 4), (0, 4), (1, 0)])
+    def test_finds_a_token_that_joins_elsewhere(self, joins, layer):
+        vit = model(joins)
+        found = check(vit, layer=layer).findings[CLS]
+        assert not found.passed
+        assert found.figure.startswith(f"after {joins} blocks, the term at layer {layer}")
+        exec(found.remedy, {"model": vit, "late_cls": late_cls})
+        assert check(vit, layer=layer).findings[CLS].passed
+        other = found.remedy.partition("# or the term there: ")[2]
+        assert bool(other) == bool(joins)
+        if other:
+            assert eval(other, {"model": model(joins), "check": check}).findings[CLS].passed
+
+    def test_says_what_plain_timm_does(self, vit):
+        assert "plain timm" in check(vit, layer=LAYER).findings[CLS].figure
+
+    def test_no_prefix_joins_nowhere(self):
+        assert check(model(0, class_token=False, global_pool="avg"), layer=LAYER).findings[CLS].passed
+        assert check(timm.create_model("resnet10t", channels=(8, 8, 16, 16)), layer=1, image_size=32).findings[CLS].passed
+
+
+class TestTeacher:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    @pytest.mark.parametrize("joins", [0, 1])
+    def test_finds_one_that_sees_other_things(self, vit, joins):
+        teacher = model(joins)
+        _, found, *_ = check(vit, layer=LAYER, teacher=teacher).findings
+        assert str(found).startswith(f"FAIL  the teacher's [CLS] joins as the student's does: after {joins} blocks")
+        exec(found.remedy, {"teacher": teacher, "late_cls": late_cls})
+        assert check(vit, layer=LAYER, teacher=teacher).passed
+
+    def test_what_is_no_teacher(self, vit):
+        with pytest.raises(SERError) as error:
+            check(vit, layer=LAYER, teacher=nn.DataParallel(model()))
+        assert error.value.call == "check(model, teacher=teacher)"
+        assert error.value.remedy == "check(model, teacher=teacher.module)"
+        with pytest.raises(SERError) as error:
+            check(vit, layer=LAYER, teacher=nn.Linear(3, 4))
+        assert (error.value.call, error.value.given) == ("check(model, teacher=teacher)", "Linear")
+
+
+class TestOptimizer:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    def names(self, case):
+        return {
+            "term": ["term.projector.0.weight"],
+            "a layer": ["term.projector.3.weight"],
+            "model": ["model.pos_embed"],
+            "block": ["model.blocks.1.norm1.weight"],
+        }[case]
+
+    @pytest.mark.parametrize("case", ["term", "a layer", "model", "block"])
+    def test_finds_parameters_that_none_holds(self, vit, case):
+        term = SERLoss(32)
+        held = {
+            "term": list(vit.parameters()),
+            "a layer": [*vit.parameters(), *term.projector[:3].parameters()],
+            "model": list(term.parameters()),
+            "block": [*(p for n, p in vit.named_parameters() if "blocks.1." not in n), *term.parameters()],
+        }[case]
+        optimizer = torch.optim.SGD(held, lr=1e-3)
+        _, found, *_ = check(vit, layer=LAYER, term=term, optimizer=optimizer).findings
+        assert not found.passed
+        assert f"without {self.names(case)[0]}" in found.figure
+        exec(found.remedy, {"model": vit, "term": term, "optimizer": optimizer})
+        assert check(vit, layer=LAYER, term=term, optimizer=optimizer).passed
+
+    def test_what_is_frozen_or_lies_behind_need_not_be_held(self, vit):
+        term = SERLoss(32)
+        vit.patch_embed.requires_grad_(False)
+        early = [vit.pos_embed, *vit.blocks[:LAYER].parameters(), *term.parameters()]
+        assert check(vit, layer=LAYER, term=term, optimizer=torch.optim.SGD(early, lr=1e-3)).passed
+
+    def test_asks_for_the_term(self, vit):
+        with pytest.raises(SERError) as error:
+            check(vit, layer=LAYER, optimizer=torch.optim.SGD(vit.parameters(), lr=1e-3))
+        assert str(error.value) == (
+            "check(model, optimizer=optimizer)\n"
+            "  given:    a term that is made here, which no optimiser can hold\n"
+            "  expected: the term that you train with\n"
+            "  remedy:   check(model, term=term, optimizer=optimizer)"
+        )
+
+
+@pytest.mark.filterwarnings("error")
+class TestImages:
+    pytestmark = pytest.mark.usefixtures("alone")
+
+    def test_finds_pixels_that_are_not_normalised(self, vit):
+        images = 255 * nn.functional.interpolate(torch.rand(3, 3, 6, 6), (32, 32), mode="bilinear")
+        _, pixels, *_ = check(vit, images, layer=LAYER).findings
+        assert not pixels.passed
+        assert pixels.figure.endswith("where pixels give -2.12 to 2.64")
+        names = {"images": images, "torchvision": pytest.importorskip("torchvision")}
+        exec(pixels.remedy, names)
+        report = check(vit, names["images"], layer=LAYER)
+        assert report.passed, str(report)
+        mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+        torch.testing.assert_close(names["images"], (images / 255 - mean) / std)
+
+    @pytest.mark.parametrize(("scale", "passes"), [(1, True), (4, False), (-1, True), (torch.nan, False)])
+    def test_values_of_other_normalisations(self, vit, scale, passes):
+        images = scale * torch.linspace(-2, 2, 3 * 3 * 32 * 32).view(3, 3, 32, 32)
+        if scale == scale:
+            assert check(vit, images, layer=LAYER).findings[1].passed == passes
+        else:
+            with pytest.raises(SERError, match="NaN or infinity"):
+                check(vit, images, layer=LAYER)
+
+    def test_knows_the_model_s_own_normalisation(self, vit):
+        vit.pretrained_cfg = {"mean": (0, 0, 0), "std": (0.01, 0.01, 0.01)}
+        assert check(vit, 90 * torch.rand(3, 3, 32, 32), layer=LAYER).findings[1].passed
+
+    def test_folder(self, vit, tmp_path):
+        for i in range(3):
+            noise = torch.randint(256, (40, 50 + i, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
+        report = check(vit, tmp_path, layer=LAYER, image_size=48)
+        assert len(report.findings) == 5  # their normalisation is not the user's
+        assert report.findings[GRADIENT].passed
+        assert check(vit, str(tmp_path), layer=LAYER, image_size=(16, 32)).findings[GRADIENT].passed
+
+    @pytest.mark.parametrize(
+        ("images", "more", "call", "text"),
+        [
+            (torch.rand(2, 3, 32, 32), {}, "check(model, images)", "at least 3 images (B, C, H, W)"),
+            (torch.rand(3, 32, 32), {}, "check(model, images)", "images[None]"),
+            (list(torch.rand(3, 3, 32, 32)), {}, "check(model, images)", "torch.stack(list(images))"),
+            (torch.rand(3, 1, 32, 32), {}, "check(model, images)", "in_chans=1"),
+            (torch.zeros(3, 3, 32, 32, dtype=torch.uint8), {}, "check(model, images)", "images.float() / 255"),
+            (
+                torch.rand(3, 3, 2, 2),
+                {},
+                "check(model), in EquivariantViews(patch_size=8)(images)",
+                "EquivariantViews(",
+            ),
+            (torch.rand(3, 3, 32, 32), {"image_size": 32}, "check(model, images, image_size=...)", "one of the two"),
+            ("nowhere", {}, "check(model, 'nowhere')", "--images FOLDER"),
+        ],
+    )
+    def test_other_things(self, vit, images, more, call, text):
+        with pytest.raises(SERError) as error:
+            check(vit, images, layer=LAYER, **more)
+        assert error.value.call == call
+        assert text in str(error.value)
+
+    def test_other_sizes_of_a_model_of_one_size(self):
+        with pytest.raises(SERError) as error:
+            check(timm.models.VisionTransformer(**SIZES), torch.rand(3, 3, 48, 48), layer=LAYER)
+        assert (error.value.call, error.value.given) == ("check(model, images)", "images of 48 x 48 pixels")
+
+    def test_too_few_in_a_folder(self, vit, tmp_path):
+        for i in range(2):
+            Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+        with pytest.raises(SERError, match="at least 3 images that can be read"):
+            check(vit, tmp_path, layer=LAYER)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("wrong", [nn.Linear(3, 4), nn.Linear, "vit_tiny_patch16_224", None])
+    def test_what_is_no_vit(self, wrong):
+        with pytest.raises(SERError) as error:
+            check(wrong)
+        assert error.value.call == "check(model)"
+        assert "timm's VisionTransformer" in error.value.expected
+        assert error.value.remedy == 'timm.create_model("vit_small_patch16_224", dynamic_img_size=True)'
+
+    def test_wrapper(self, vit):
+        with pytest.raises(SERError) as error:
+            check(nn.DataParallel(vit))
+        assert error.value.remedy == "check(model.module)"
+
+    @pytest.mark.parametrize("layer", [9, -1, 2.0, None, True])
+    def test_layer_that_is_not_there(self, vit, layer):
+        with pytest.raises(SERError) as error:
+            check(vit, layer=layer)
+        assert error.value.args == (
+            f"check(model, layer={layer!r})",
+            f"layer={layer!r}",
+            "a whole number of blocks from 0 to 4",
+            "check(model, layer=3)",
+        )
+
+    @pytest.mark.usefixtures("alone")
+    def test_term_of_another_width(self, vit):
+        with pytest.raises(SERError) as error:
+            check(vit, layer=LAYER, term=SERLoss(7))
+        assert error.value.call == "check(model), in SERLoss(...)(features, views)"
+        assert error.value.remedy == "SERLoss(32)"
+
+    @pytest.mark.usefixtures("alone")
+    def test_ratio_that_is_no_share(self, vit):
+        with pytest.raises(SERError, match="check\\(model\\), in partition_size"):
+            check(vit, layer=LAYER, ratio=3)

@@ -40,7 +40,7 @@ def output(vit):
 
 
 def test_comes_back_as_it_was_trained(vit, folder):
-    for where in (str(folder), str(folder / "model.safetensors"), f"local-dir:{folder}"):
+    for where in (str(folder), str(folder / "model.safetensors"), f"local-dir:{folder}", folder):
         loaded = load_encoder(where)
         assert backbone(loaded).cls_layer == 2
         assert not loaded.training
@@ -115,13 +115,14 @@ def test_wrong_arguments_leave_the_old_export(vit, folder):
         with pytest.raises(SERError):
             export_timm(vit, folder, NAME, **ARGUMENTS | wrong)
     assert (folder / "model.safetensors").read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_what_a_killed_export_left_goes_with_the_next(vit, folder):
-    (folder / ".1-model.safetensors").write_bytes(b"half")
+    for name in ("model.safetensors", "README.md"):
+        (folder / f".1-{name}").write_bytes(b"half")
     export_timm(vit, folder, NAME, **ARGUMENTS)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_two_witnesses_that_disagree_are_refused(folder):
@@ -243,3 +244,218 @@ def test_models_with_stages(tmp_path):
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
+
+
+# What the folder says to who finds it
+
+
+def blocks_of(text):
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+def test_card_says_first_where_cls_joins(vit, folder, monkeypatch):
+    """And the lines that it tells to type give the encoder, by either way."""
+    text = (folder / "README.md").read_text()
+    first = " ".join(text.splitlines()[:3])
+    assert "[CLS] joins after 2 blocks" in first
+    assert "other features" in first
+    assert "late_cls(vit, 2)" in first
+    monkeypatch.chdir(folder)
+    (block,) = blocks_of(text)
+    ours, theirs = block.split("\n\n")[1:]
+    for lines in (ours, theirs):
+        names = {}
+        exec("import ser_reg, timm\n" + lines, names)
+        assert torch.equal(output(names["vit"].eval()), output(vit))
+    names = {}
+    exec("import timm\n" + theirs.splitlines()[0], names)  # what the card warns of
+    assert (output(names["vit"].eval()) - output(vit)).abs().max() > 0.01
+
+
+def test_card_of_a_plain_encoder(vit, tmp_path, monkeypatch):
+    export_timm(late_cls(vit, 0), tmp_path, NAME, **ARGUMENTS)
+    text = (tmp_path / "README.md").read_text()
+    assert "at the first block, as in plain timm" in text
+    assert "late_cls" not in text
+    export_timm(late_cls(vit, 1), tmp_path, NAME, **ARGUMENTS)
+    assert "after 1 blocks" in (tmp_path / "README.md").read_text()
+    bare = timm.create_model("resnet10t", num_classes=0)
+    export_timm(bare, tmp_path / "resnet", "resnet10t")
+    assert "no [CLS]" in (tmp_path / "resnet" / "README.md").read_text()
+
+
+def test_a_readme_of_the_users_stays(vit, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    export_timm(vit, tmp_path, NAME, **ARGUMENTS)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert torch.equal(output(load_encoder(tmp_path)), output(vit))
+
+
+def test_the_printed_backbone_says_it(vit):
+    assert "[CLS] joins after 2 blocks" in repr(backbone(vit))
+    assert "late_cls(model, 2)" in repr(backbone(vit))
+    assert repr(backbone(late_cls(vit, 0))) == (
+        "VisionTransformer: 3 blocks, 24 channels, images of 32 x 32 pixels or any other size"
+    )
+
+
+# What goes wrong, named after the call that was made
+
+
+def refused(call, *arguments, **more):
+    with pytest.raises(SERError) as error:
+        call(*arguments, **more)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("2", "'2'"), ("two", "'two'"), (-1, "-1"), (2.0, "2.0"), (True, "True"), ([2], "[2]")]
+)
+def test_bad_layers_in_a_config(value, said, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"late_cls": value}))
+    error = refused(load_encoder, folder)
+    assert error.call == f"load_encoder({str(folder)!r})"
+    assert error.given == f"late_cls={said} in config.json"
+    assert error.expected == "a whole number of blocks, 0 or more"
+    assert error.remedy == "export_timm(vit, folder, name, **model_args)"
+
+
+@pytest.mark.parametrize("value", ["-1", "two", "2.0", ""])
+def test_bad_layers_in_the_metadata(value, folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        metadata = weights.metadata()
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata | {"late_cls": value})
+    assert refused(load_encoder, folder).given == f"late_cls={value} in model.safetensors"
+
+
+@pytest.mark.parametrize("value", [3, 40])
+def test_layers_that_the_model_does_not_have(value, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"late_cls": value}))
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")  # without metadata
+    error = refused(load_encoder, folder)
+    assert error.given == f"late_cls={value} in config.json"
+    assert error.expected == f"a whole number of blocks from 0 to 2, as {NAME} has"
+
+
+def test_a_layer_for_what_has_no_cls(tmp_path):
+    export_timm(timm.create_model("resnet10t", num_classes=0), tmp_path, "resnet10t")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"late_cls": 1}))
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert "from 0 to 0, as resnet10t has" in refused(load_encoder, tmp_path).expected
+
+
+def test_config_without_an_architecture_of_timm(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for other, text in (({"architecture": "vit_gigantic"}, "vit_gigantic"), ({"model_args": {"deep": 3}}, "'deep': 3")):
+        (folder / "config.json").write_text(json.dumps(config | other))
+        error = refused(load_encoder, folder)
+        assert error.call == f"load_encoder({str(folder)!r})"
+        assert text in str(error)
+
+
+def test_where_it_cannot_be_written(vit, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    error = refused(export_timm, vit, tmp_path / "file", NAME, **ARGUMENTS)
+    assert str(error) == (
+        f"export_timm(vit, {str(tmp_path / 'file')!r}, {NAME!r}, ...)\n"
+        "  given:    a file\n"
+        "  expected: a folder that can be written\n"
+        "  remedy:   export_timm(vit, 'encoder', name)"
+    )
+    assert (tmp_path / "file").read_text() == "a file"
+    for folder in (tmp_path / "file" / "inside", "/proc/nothing/here"):
+        error = refused(export_timm, vit, folder, NAME, **ARGUMENTS)
+        assert error.expected == "a folder that can be written"
+        assert "Error: " in error.given
+
+
+def test_a_full_disk_leaves_the_old_export(vit, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def save(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ser_reg.export.write.save_file", save)
+    assert "No space left" in refused(export_timm, vit, folder, NAME, **ARGUMENTS).given
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "text"),
+    [
+        (NAME, {"norm_layer": torch.nn.LayerNorm}, "that JSON can hold"),
+        (NAME, {"normalize": 0.5}, "normalize=IMAGENET"),
+        (NAME, {"normalize": (0.5, 0.5)}, "normalize=IMAGENET"),
+        ("vit_gigantic", {}, "the name of a timm model"),
+        (NAME, {"deep": 3}, "arguments of vit_tiny_patch16_224"),
+    ],
+)
+def test_what_cannot_be_exported(name, more, text, vit, tmp_path):
+    error = refused(export_timm, vit, tmp_path / "new", name, **ARGUMENTS | more)
+    assert error.call == f"export_timm(vit, {str(tmp_path / 'new')!r}, {name!r}, ...)"
+    assert text in str(error)
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_other_models_cannot_be_exported(tmp_path):
+    error = refused(export_timm, torch.nn.Linear(3, 4), tmp_path / "new", NAME)
+    assert error.call.startswith("export_timm(vit, ")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear(3, 4)])
+def test_what_names_no_encoder(model):
+    assert refused(load_encoder, model).expected == "a folder, a function or a timm model, by name"
+
+
+def test_errors_name_the_call_that_was_made():
+    assert refused(load_encoder, "vit_gigantic").call.startswith("load_encoder('vit_gigantic'")
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "remedy"),
+    [
+        ("number", "number is a int", "def number(): return vit"),
+        ("raises", "raises() raises ZeroDivisionError: division by zero", "broken_here.raises()"),
+        ("takes", "takes() raises TypeError: takes() missing 1 required", "broken_here.takes()"),
+        ("missing", "module 'broken_here' has no attribute 'missing'", "load_encoder('vit_small_patch16_224')"),
+        ("leaves", "leaves() raises FileNotFoundError", "broken_here.leaves()"),
+    ],
+)
+def test_functions_of_the_users_that_fail(function, given, remedy, tmp_path, monkeypatch):
+    (tmp_path / "broken_here.py").write_text(
+        "import os\n\nnumber = 3\n\n\ndef raises():\n    return 1 / 0\n\n\ndef takes(depth):\n    return depth\n\n\n"
+        "def leaves():\n    os.chdir('..')\n    open('nothing')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    error = refused(load_encoder, f"broken_here:{function}")
+    assert error.call == f"load_encoder('broken_here:{function}')"
+    assert error.given.startswith(given)
+    assert remedy in error.remedy
+    assert sys.path == path
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "def (", "import nothing_of_this_name"])
+def test_modules_of_the_users_that_fail(text, tmp_path, monkeypatch):
+    name = f"fails_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    error = refused(load_encoder, f"{name}:make")
+    assert error.call == f"load_encoder('{name}:make')"
+    assert any(word in error.given for word in ("ZeroDivisionError", "SyntaxError", "nothing_of_this_name"))
+    assert error.__cause__ is not None
+
+
+@LOCAL
+def test_function_that_loads_an_export_with_a_bad_config(folder, tmp_path, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"late_cls": "two"}))
+    (tmp_path / "loads_it.py").write_text(
+        f"import timm\n\n\ndef plain():\n    return timm.create_model('local-dir:{folder}', pretrained=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert refused(load_encoder, "loads_it:plain").given == "late_cls='two' in config.json"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ser_reg import SERError
-from ser_reg.images import embedded_photographs, load_patches, read_folder, read_image
+from ser_reg.images import cut, embedded_photographs, load_patches, read_folder, read_image
 from ser_reg.images.patches import _split_in_space
 
 # Folders
@@ -39,6 +39,50 @@ def test_broken_ones_are_replaced(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"no")
     for seed in range(4):
         assert len(read_folder(tmp_path, 6, seed)[0]) == 6
+
+
+def test_errors_of_a_folder_are_the_callers(tmp_path):
+    save_noise(tmp_path / "a.png", 8, 8)
+    with pytest.raises(SERError) as error:
+        read_folder(tmp_path, 8)
+    assert error.value.args == (
+        f"read_folder({str(tmp_path)!r})",
+        "1 readable of 1 files with the ending of an image",
+        "at least 2 images that can be read",
+        "read_folder('FOLDER', 64)  # FOLDER/*.jpg, or in folders inside",
+    )
+    with pytest.raises(SERError) as error:
+        read_folder(tmp_path / "nowhere", 8, call="mine(folder)", remedy="mine('other')")
+    assert error.value.args == ("mine(folder)", "no such folder", "a folder of images", "mine('other')")
+    save_noise(tmp_path / "b.png", 8, 8)
+    assert len(read_folder(tmp_path, 8)[0]) == 2
+    with pytest.raises(SERError, match="at least 3 images"):
+        read_folder(tmp_path, 8, fewest=3)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("size", [(10, 10), (20, 10), (10, 30)])
+def test_a_cut_is_the_largest_part_of_this_shape(size):
+    """Of a picture of coordinates: its borders are those of the part, which is centred."""
+    rows, columns = torch.meshgrid(torch.arange(60.0), torch.arange(90.0), indexing="ij")
+    image = torch.stack([rows, columns, 0 * rows]) / 90
+    part = cut(image, size)
+    assert part.shape == (3, *size)
+    unit = min(60 / size[0], 90 / size[1])
+    for channel, (sides, length) in enumerate(zip(size, (60, 90), strict=True)):
+        line = part[channel].mean(1 - channel) * 90
+        assert line.mean() == pytest.approx((length - 1) / 2, abs=0.6)
+        assert line[-1] - line[0] == pytest.approx(unit * (sides - 1), abs=0.6)
+
+
+def test_a_cut_lies_where_it_is_told():
+    image = torch.arange(100.0).expand(3, 40, 100) / 100
+    left, right = (cut(image, (8, 8), 0.5, 0.5, where).mean() for where in (0.0, 1.0))
+    assert left == pytest.approx(0.095, abs=0.01)
+    assert right == pytest.approx(0.895, abs=0.01)
+    assert torch.equal(cut((image * 255).byte(), (8, 8)), cut((image * 255).byte().float() / 255, (8, 8)))
 
 
 # Patches

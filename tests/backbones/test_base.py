@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from timm_zoo import (
     photos,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ser_reg.backbones import FAMILIES, TokenTap, backbone, late_cls, patch_tokens
 from ser_reg.errors import SERError
@@ -380,3 +382,81 @@ class TestErrors:
         with pytest.raises(SERError) as error:
             backbone(vit, "check(model, images)")
         assert (error.value.call, error.value.remedy) == ("check(model, images)", f"check({path}, images)")
+
+
+class TestFarPixels:
+    """Values that no normalisation gives are warned of."""
+
+    def warned(self, recorder: Any) -> list[str]:
+        return [str(one.message) for one in recorder if "far outside the model's normalisation" in str(one.message)]
+
+    @pytest.mark.parametrize("scale", [255.0, -255.0])
+    def test_pixels_of_bytes(self, scale: float) -> None:
+        net, images = small("vit"), scale * torch.rand(2, 3, 64, 96)
+        with pytest.warns(UserWarning, match=r"images with values from .* far outside") as found:
+            patch_tokens(net, images, 2)
+        known = backbone(net)
+        assert found[0].filename == __file__  # shown at the user's own line, whoever looked
+        remedy = self.warned(found)[0].partition("Type: ")[2]
+        assert remedy == f"torchvision.transforms.functional.normalize(images / 255, {known.mean}, {known.std})"
+        if scale > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                patch_tokens(net, eval(remedy, {"images": images, "torchvision": torchvision}), 2)
+
+    def test_of_a_tap(self) -> None:
+        net = small("vit")
+        with TokenTap(net, 2) as tap, pytest.warns(UserWarning, match="far outside") as found:
+            net(255 * torch.rand(2, 3, 64, 96))
+        assert found[0].filename == __file__
+        assert tap is not None
+
+    def test_once_a_line(self) -> None:
+        net, images = small("vit"), 255 * torch.rand(2, 3, 64, 96)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                patch_tokens(net, images, 2)
+            patch_tokens(net, images, 2)
+        assert len(self.warned(found)) == 2
+
+    @pytest.mark.parametrize(
+        "images",
+        [
+            5 * torch.randn(2, 3, 64, 96).clamp(-3.9, 3.9),
+            torch.rand(2, 3, 64, 96),
+            255 * torch.rand(0, 3, 64, 96),
+            255 * torch.rand(2, 3, 64, 96, device="meta"),
+        ],
+        ids=["normalised", "fractions", "none", "not there"],
+    )
+    def test_what_is_passed_by(self, images: Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            patch_tokens(small("vit").to(images.device), images, 2)
+
+    def test_no_value_is_read_where_there_is_none(self) -> None:
+        net, images = small("vit"), 255 * torch.rand(2, 3, 64, 96)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "images with values")
+            torch.func.vmap(lambda x: patch_tokens(net, x[None], 2))(images)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                patch_tokens(net, mode.from_tensor(images), 2)
+            torch.compiler.reset()
+            torch.compile(patch_tokens, backend="eager", fullgraph=True)(net, images, 2)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_repr(name: str) -> None:
+    known = backbone(small(name))
+    assert repr(known).startswith(f"{type(known.model).__name__}: {known.depth} {known.unit}, {known.width()} channels")
+    assert ("any other size" in repr(known)) == known.any_size
+    assert "[CLS]" not in repr(known)
+
+
+def test_layers() -> None:
+    known = backbone(small("vit"))
+    assert known.check_layers("f(layers)", (3, 1, 3)) == [1, 3]
+    with pytest.raises(SERError) as error:
+        known.check_layers("f(layers=3)", 3)
+    assert error.value.args == ("f(layers=3)", "layers=3", "several numbers of layers", "layers=[3]")

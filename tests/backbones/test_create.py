@@ -56,3 +56,14 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         "weights that can be downloaded",
         "create('vit_tiny_patch16_224.augreg_in21k', pretrained=False)  # random weights",
     )
+
+
+@pytest.mark.parametrize("arguments", [{"deep": 3}, {"embed_dim": 30, "num_heads": 4}])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_arguments_that_it_does_not_take(arguments: dict[str, Any], pretrained: bool) -> None:
+    with pytest.raises(SERError) as error:
+        create("vit_tiny_patch16_224", pretrained, caller="mine", **arguments)
+    assert error.value.call == f"mine('vit_tiny_patch16_224', pretrained={pretrained})"
+    assert error.value.given.startswith(f"{arguments}: ")
+    assert error.value.expected == "arguments of vit_tiny_patch16_224"
+    assert eval(error.value.remedy, {"timm": timm})

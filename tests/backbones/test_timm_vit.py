@@ -99,6 +99,20 @@ class TestPositions:
         torch.testing.assert_close(tokens, tokens[..., :1, :1].expand_as(tokens))
         assert backbone(vit).cls_layer == 1
 
+    @pytest.mark.parametrize("name", ["vit", "dinov2-registers", "deit-distilled", "siglip", "deit3"])
+    def test_patches_get_the_mean_of_all_positions_and_the_prefix_its_own(self, name: str) -> None:
+        vit = model(name)
+        known = backbone(vit)
+        rows, columns = known.grid(known.size)
+        first = known.positions.shape[1] - rows * columns  # prefix tokens that have a position
+        bare = backbone(known.without_positions()).positions
+        mean = sum(known.positions[:, first + i] for i in range(rows * columns)) / (rows * columns)
+        torch.testing.assert_close(bare[:, first:], mean[:, None].expand_as(bare[:, first:]))
+        assert torch.equal(bare[:, :first], known.positions[:, :first])
+        with torch.no_grad():  # positions that are alike already: nothing changes
+            vit.pos_embed[:, first:] = vit.pos_embed[:, first:].mean(1, keepdim=True)
+        torch.testing.assert_close(backbone(vit).without_positions()(photos(name)), vit(photos(name)))
+
 
 class TestClassTokens:
     @some

@@ -186,6 +186,43 @@ class TestTokenTap:
         for parameter in ("patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"):
             torch.testing.assert_close(found[parameter], apart[0][parameter] + apart[1][parameter])
 
+    def test_tokens_of_which_forward(self) -> None:
+        vit, images = model(), photos()
+        with TokenTap(vit, LAYER) as tap:
+            vit(images)
+            vit(images + 1)
+            with pytest.raises(SERError) as error:
+                _ = tap.tokens
+            assert error.value.args[:3] == (
+                "tap.tokens",
+                "several forwards since it was last read: of which of them?",
+                "one forward, then its tokens",
+            )
+            with pytest.raises(SERError, match="no forward, or one that stopped before"):
+                _ = tap.tokens  # those of the second are not handed out after all
+            vit(images)
+            assert torch.equal(tap.tokens, patch_tokens(vit, images, LAYER))
+        with TokenTap(vit, LAYER) as tap:  # nor does the next one remember
+            vit(images)
+            assert tap.tokens is tap.tokens
+        names = {"TokenTap": TokenTap, "model": vit, "images1": images, "images2": images + 1}
+        exec(error.value.remedy, names)
+        for z, x in zip(names["z"], (images, images + 1), strict=True):
+            assert torch.equal(z, patch_tokens(vit, x, LAYER))
+
+    def test_a_forward_that_stops_before_hides_none(self) -> None:
+        """What was read may be followed by others; what stops before the layer has no tokens to lose."""
+        vit, images = model(), photos()
+        with TokenTap(vit, LAYER) as tap:
+            patch_tokens(vit, images + 1, 2)
+            vit(images)
+            assert torch.equal(tap.tokens, patch_tokens(model(), images, LAYER))
+            vit(images + 1)
+            vit(images)
+            patch_tokens(vit, images, 1)
+            with pytest.raises(SERError, match="no forward, or one that stopped before"):
+                _ = tap.tokens
+
     def test_nested(self) -> None:
         vit, images = model(), photos()
         with TokenTap(vit, 2) as outer, TokenTap(vit, DEPTH) as inner, TokenTap(vit, 2) as again:

@@ -31,7 +31,18 @@ from torch import Tensor, nn
 
 from ser_reg.distributed import rank_and_world_size
 
-__all__ = ["GRADIENTS", "METHODS", "TINY", "lines", "parsed", "train_job", "without_batch_statistics"]
+__all__ = [
+    "GRADIENTS",
+    "METHODS",
+    "TIMES",
+    "TINY",
+    "as_one_of_several",
+    "lines",
+    "parsed",
+    "train_job",
+    "with_scaler",
+    "without_batch_statistics",
+]
 
 METHODS = ("moco_v3", "dino", "barlow_twins")
 TINY = (
@@ -91,6 +102,23 @@ def train_job(
     AcceleratorState._reset_state()
     GradientState._reset_state()
     train(method, settings, build, module.recipes)
+
+
+def as_one_of_several(monkeypatch: Any, rank: int, world_size: int) -> None:
+    """Trainings have a rank's images from here on, and hear nothing of the others."""
+    monkeypatch.setattr(Accelerator, "process_index", property(lambda self: rank))
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: world_size))
+
+
+def with_scaler(monkeypatch: Any, scale: float) -> None:
+    """Trainings scale their gradients from here on, which Accelerate leaves out on CPUs."""
+
+    def scaling(**arguments: Any) -> Accelerator:
+        accelerator = Accelerator(**arguments)
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    monkeypatch.setattr("pretraining.run.Accelerator", scaling)
 
 
 def without_batch_statistics(module: nn.Module) -> nn.Module:

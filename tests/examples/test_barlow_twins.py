@@ -31,6 +31,15 @@ def test_redundancy_loss_is_its_formula():
     assert barlow_twins.redundancy_loss(z1, z2, 0.1).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_correlation_is_over_the_images_of_all_ranks(monkeypatch):
+    z1, z2 = torch.randn(2, 12, 5)
+    mine, others = slice(8, 12), slice(0, 8)
+    monkeypatch.setattr(barlow_twins, "all_reduce", lambda product: product + z1[others].T @ z2[others])
+    monkeypatch.setattr(barlow_twins, "rank_and_world_size", lambda: (2, 3))
+    expected = literal_redundancy(z1.double(), z2.double(), 0.1)
+    assert barlow_twins.redundancy_loss(z1[mine], z2[mine], 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_pairs_with_a_global_view_are_compared_after_one_batch_norm():
     method = barlow_twins.BarlowTwins(nn.Identity(), dim=6, hidden=8, off_diagonal=0.1)
     embeddings = [torch.randn(7, 6) for _ in range(4)]

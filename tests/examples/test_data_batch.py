@@ -96,6 +96,17 @@ def test_views_are_a_function_of_the_request():
     assert not torch.equal(a.images[0], a.images[1])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_all_views_of_an_image_are_drawn_independently(whole):
+    """By the same recipe, which from one seed would draw the same."""
+    (recipe, _), (local, *_) = dino(local_views=1)
+    dataset = ViewDataset(Pictures(), [recipe] * 2, [local] * 2)
+    for seed in range(10):
+        first, second, *locals_ = dataset[Request(3, whole, seed)].images
+        assert not torch.equal(first, second)
+        assert not torch.equal(*locals_)
+
+
 def test_number_of_workers_changes_nothing():
     ours, theirs = (batches(Pictures(broken=(7,)), workers) for workers in (0, 2))
     assert len(ours) == len(theirs) == 3
@@ -162,6 +173,7 @@ def test_batch_survives_pinning(monkeypatch):
     assert same(batch, pinned)
 
 
+@pytest.mark.slow
 def test_workers_of_another_kind_read_the_same(tmp_path):
     source = open_source(f"wds:{write_shards(tmp_path, shards=4)}/train-*.tar", "train")
     dataset = ViewDataset(source, moco_v3()[0])

@@ -1,5 +1,6 @@
 """DINO: its loss against a loop over the formula, its center, its teacher and its last layer."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ pytest.importorskip("accelerate")
 
 import dino
 from pretraining.schedules import Moment
-from pretraining_jobs import parsed
+from pretraining_jobs import lines, parsed, train_job
+from tiny_batches import batches
 
 close = torch.testing.assert_close
 SMALL = dino.PRESETS["small"].method
@@ -46,6 +48,76 @@ def test_loss_is_its_formula_and_its_center_moves_after_use(views):
         center = 0.9 * center + 0.1 * batch
         close(method.center[0].double(), center, rtol=1e-4, atol=1e-7)
         assert center.abs().max() > 1e-3
+
+
+def test_center_is_the_mean_over_the_images_of_all_ranks(monkeypatch):
+    method = dino.DINO(nn.Linear(3, 6), dino.DINOHead(6, 8, 5, 12, True), replace(SMALL, prototypes=12))
+    images = [torch.randn(2, 7, 6) for _ in range(3)]  # of each rank, in two views
+    teachers = torch.stack([torch.stack([method.target_head(e) for e in views]) for views in images])
+    elsewhere = teachers[:2].mean((1, 2)).sum(0, keepdim=True)
+    monkeypatch.setattr(dino, "all_reduce", lambda mine: mine + elsewhere)
+    monkeypatch.setattr(dino, "rank_and_world_size", lambda: (2, 3))
+    method.loss(list(images[2]), list(images[2]))
+    close(method.center[0], 0.1 * teachers.flatten(0, 2).mean(0))
+
+
+def plain_training(settings):
+    """DINO as if there were neither engine nor term: losses of its steps."""
+    torch.manual_seed(settings.run.seed)
+    made, own, rates = dino.build(settings), settings.method, settings.optimizer
+    student, head, teacher, teacher_head = made.encoder, made.head, made.target, made.target_head
+    trained = [(name, p) for name, p in made.named_parameters() if p.requires_grad]
+    matrices, vectors = ([p for _, p in trained if (p.ndim > 1) == kind] for kind in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}])
+    center, losses = torch.zeros(1, own.prototypes), []
+    for step, groups in enumerate(batches("dino", settings)):
+        progress = step / settings.run.steps
+        down = 0.5 * (1 + math.cos(math.pi * progress))
+        peak = rates.learning_rate * settings.run.batch_size / 256
+        for group, decays in zip(optimizer.param_groups, (True, False), strict=True):
+            group["lr"] = rates.final_learning_rate + down * (peak - rates.final_learning_rate)
+            last = rates.final_weight_decay
+            group["weight_decay"] = decays * (last + down * (rates.weight_decay - last))
+        crops = torch.cat(groups[0].images)
+        s1, s2 = (head(x) for x in student(crops).chunk(2))
+        with torch.no_grad():
+            t1, t2 = (teacher_head(x) for x in teacher(crops).chunk(2))
+        warm = own.teacher_warmup_epochs
+        epoch = int(progress * settings.run.epochs)
+        first, then = own.first_teacher_temperature, own.teacher_temperature
+        temperature = then if epoch >= warm else first + (then - first) * epoch / (warm - 1)
+
+        def cross_entropy(s, t, center=center, temperature=temperature):
+            sharp = torch.softmax((t - center) / temperature, dim=-1)
+            return -(sharp * torch.log_softmax(s / own.student_temperature, dim=-1)).sum(-1).mean()
+
+        loss = (cross_entropy(s2, t1) + cross_entropy(s1, t2)) / 2
+        center = own.center_momentum * center + (1 - own.center_momentum) * torch.cat([t1, t2]).mean(0, keepdim=True)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, p in trained:
+            p.grad *= min(1, rates.clip / p.grad.norm().item())
+            if "head.last" in name and progress * settings.run.epochs < own.frozen_last_layer_epochs:
+                p.grad = None
+        optimizer.step()
+        momentum = 1 - down * (1 - own.momentum)
+        with torch.no_grad():
+            for slow, fast in ((teacher, student), (teacher_head, head)):
+                for k, q in zip(slow.parameters(), fast.parameters(), strict=True):
+                    k.copy_(momentum * k + (1 - momentum) * q)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_training_without_a_term_is_dino_step_by_step(tmp_path):
+    """What moves when: the center after the loss, the teacher after the update, the last layer in the second epoch."""
+    flags = ["none", "--steps", 8, "--epochs", 4, "--momentum", 0.6, "--teacher-warmup-epochs", 3, "--clip", 0.1]
+    flags += ["--teacher-temperature", 0.07, "--drop-path", 0, "--learning-rate", 0.02, "--output-dir", tmp_path]
+    train_job("dino", flags)
+    expected = plain_training(parsed("dino", flags))
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(expected, rel=1e-5)
+    assert max(expected) - min(expected) > 0.01
 
 
 def test_prototypes_are_unit_vectors_that_stay_so_unless_told_otherwise():

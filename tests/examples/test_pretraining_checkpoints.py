@@ -15,7 +15,7 @@ from pretraining.optimizer import build_optimizer, set_rates
 from pretraining.run import build_step
 from pretraining.schedules import Moment
 from pretraining.settings import read_run
-from pretraining_jobs import METHODS, lines, parsed, train_job
+from pretraining_jobs import METHODS, lines, parsed, train_job, with_scaler
 from tiny_batches import batches
 
 from ser_reg import SERError, late_cls, load_encoder
@@ -57,6 +57,17 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, method, more):
     before = (tmp_path / "parts" / "metrics.jsonl").read_text()
     train_job(method, parts)  # nothing is left to do
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == before
+
+
+def test_scale_of_half_precision_goes_on_as_well(tmp_path, monkeypatch):
+    flags = ["--steps", 3, "--precision", "fp16", "--output-dir"]
+    for name, stops in (("whole", [None]), ("parts", [2, None])):
+        for stop in stops:
+            with_scaler(monkeypatch, 2.0**40)  # too much, so that it becomes less
+            train_job("moco_v3", [*flags, tmp_path / name], stop_after=stop)
+    whole, parts = (checkpoint(tmp_path / name)["scaler"] for name in ("whole", "parts"))
+    assert whole == parts
+    assert whole["scale"] < 2.0**40
 
 
 def test_lines_after_the_checkpoint_and_a_line_that_was_cut_off_are_dropped(tmp_path):

@@ -3,7 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import dino
 import moco_v3
 import pytest
 import torch
@@ -17,13 +16,10 @@ from evaluation.features import embeddings
 from pictures_on_disk import picture
 from pretraining import loop
 from pretraining.monitor import Collapse
-from pretraining.run import build_step
-from pretraining_jobs import GRADIENTS, lines, parsed, train_job
-from tiny_batches import batches
+from pretraining_jobs import TIMES, lines, parsed, train_job
 
 from ser_reg import SERError, load_encoder
 
-close = torch.testing.assert_close
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
@@ -65,21 +61,6 @@ def test_seeds_give_other_runs_and_the_same_seed_the_same(tmp_path):
         train_job("dino", ["--seed", seed, "--drop-path", 0.3, "--output-dir", tmp_path / name])
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert all(x["loss"] != y["loss"] for x, y in zip(lines(tmp_path / "a"), lines(tmp_path / "c"), strict=True))
-
-
-def test_gradient_of_accumulated_parts_is_that_of_the_mean_of_their_losses(tmp_path):
-    flags = ["--drop-path", 0, "--clip", None]
-    train_job("dino", [*flags, "--accumulate", 2, "--output-dir", tmp_path / "run"], gradients=True)
-    settings = parsed("dino", [*flags, "--batch-size", 8])
-    torch.manual_seed(0)
-    step = build_step(settings, dino.build)
-    parts = batches("dino", settings)
-    losses = [step(next(parts))["loss"] for _ in range(2)]
-    (sum(losses) / 2).backward()
-    found = torch.load(tmp_path / "run" / GRADIENTS, weights_only=True)
-    for name, gradient in found.items():
-        close(gradient, step.method.get_parameter(name).grad)
-    assert len(found) > 30
 
 
 def test_non_finite_loss_ends_the_training_with_what_to_type(tmp_path):
@@ -130,6 +111,35 @@ def test_folder_of_one_class_has_knn(tmp_path, capsys):
     train_job("dino", ["--data", tmp_path / "data", "--knn-every", 1, "--output-dir", tmp_path / "run"])
     assert [line.get("knn") for line in lines(tmp_path / "run")] == [1.0, 1.0, 1.0]
     assert "k-NN 100.0 %" in capsys.readouterr().out
+
+
+def test_knn_asks_the_training_images_about_the_held_out_ones(tmp_path):
+    """A held-out image counts as what training images of its colour are, whatever it is said to be."""
+    for split, name, colour, count in (
+        ("train", "a", "red", 30),
+        ("train", "b", "blue", 22),
+        ("val", "a", "red", 1),
+        ("val", "b", "red", 3),
+    ):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32), colour).save(folder / f"{colour}{i}.png")
+    flags = ["--data", tmp_path / "data", "--knn-every", 1, "--steps", 1, "--output-dir", tmp_path / "run"]
+    train_job("moco_v3", flags)
+    assert lines(tmp_path / "run")[0]["knn"] == 0.25  # all are red, as class a in training is; three are not of it
+
+
+def test_knn_along_the_way_changes_nothing_of_the_training(tmp_path):
+    """The encoder drops paths again, and drops the same."""
+    folder_of(tmp_path / "data" / "train" / "only", 20)
+    folder_of(tmp_path / "data" / "val" / "only", 3, first=100)
+    flags = ["--data", tmp_path / "data", "--drop-path", 0.5]
+    for every in (0, 1):
+        train_job("moco_v3", [*flags, "--knn-every", every, "--output-dir", tmp_path / f"run{every}"])
+    plain, judged = (lines(tmp_path / f"run{every}", without={*TIMES, "knn"}) for every in (0, 1))
+    assert judged == plain
+    assert all("knn" in line for line in lines(tmp_path / "run1"))
 
 
 def test_unreadable_images_are_counted_and_named_once(tmp_path, capsys):

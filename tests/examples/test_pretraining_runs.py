@@ -211,7 +211,8 @@ def test_script_trains_as_it_is(tmp_path, method, processes):
         "metrics.jsonl",
         "settings.json",
     }
-    assert {path.name for path in (tmp_path / "run" / "encoder").iterdir()} == {"config.json", "model.safetensors"}
+    written = {path.name for path in (tmp_path / "run" / "encoder").iterdir()}
+    assert written == {"README.md", "config.json", "model.safetensors"}
     assert len(lines(tmp_path / "run")) == 3
     assert out.count("1,920 images; 3 steps of 16 images, 4 of them whole") == 1
     assert "Traceback" not in err

@@ -79,6 +79,19 @@ def test_momentum_target_compares_each_trained_view_with_the_other_slow_view():
     close(step(groups)["term"], (one + two).detach() / 2)
 
 
+def test_pairs_of_local_views_have_no_momentum_side_and_count_all_the_same():
+    step, groups = tiny_step("dino", ["--term.target", "momentum", "--local-views", 4])
+    step.eval()
+    fast, slow, (head,) = step.method.encoder, step.method.target, step.heads
+    with torch.no_grad():
+        for p in slow.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    first, second, *local = groups[1].views
+    losses = [compared(head, (fast, slow), views) for views in ((first, second), (second, first))]
+    losses += [compared(head, (fast, fast), local[i : i + 2]) for i in (0, 2)]
+    close(step(groups)["term"], torch.stack(losses).mean().detach())
+
+
 def test_all_layers_have_heads_of_their_own_and_their_mean():
     step, groups = tiny_step("dino", ["--term.all-layers"])
     step.eval()

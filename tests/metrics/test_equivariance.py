@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ser_reg import GroupElement, SERError, act, equivariance_score
+from ser_reg import GroupElement, SERError, act, equivariance_score, patch_tokens
 from ser_reg.backbones.timm_vit import TimmViT
 from ser_reg.metrics import equivariance as module
 
@@ -46,7 +46,7 @@ def test_one_for_an_equivariant_network():
         assert readings["spatial"] > readings["spatial_floor"] + 0.3
 
 
-def permuted(self, images, layers):
+def permuted(self, images, layers, call):
     """The patches' mean colours as tokens, at random places that each call draws anew."""
     tokens = F.avg_pool2d(images, 4)
     order = torch.randperm(tokens[0, 0].numel())
@@ -142,3 +142,96 @@ def test_leaves_the_model_as_it_was():
 def test_needs_another_image(images):
     with pytest.raises(SERError, match="another image is the floor"):
         equivariance_score(plain(), images)
+
+
+def test_equals_the_literal_score():
+    """Of two images, each of which is the other one's floor, with torch's own functions: pixels are resampled with
+    antialiasing, tokens without."""
+    torch.manual_seed(0)
+    vit, images = plain(dynamic_img_size=True), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        vit.pos_embed.normal_()
+    moves = {
+        "rotation": [(lambda x, k=k: x.rot90(k, (-2, -1)),) * 2 for k in (1, 2, 3)],
+        "flip": [(lambda x: x.flip(-1),) * 2],
+        "scale": [
+            (
+                lambda x, n=n: F.interpolate(x, (4 * n, 4 * n), mode="bicubic", antialias=True),
+                lambda z, n=n: F.interpolate(z, (n, n), mode="bicubic"),
+            )
+            for n in (5, 7)
+        ],
+    }
+    scores = equivariance_score(vit, images, layers=[1, 3])
+    for name, elements in moves.items():
+        for layer in (1, 3):
+            expected = {"raw": 0.0, "spatial": 0.0, "raw_floor": 0.0, "spatial_floor": 0.0}
+            for on_pixels, on_tokens in elements:
+                with torch.no_grad():
+                    acted = on_tokens(patch_tokens(vit, images, layer)).double()
+                    moved = patch_tokens(vit, on_pixels(images), layer).double()
+                for reading in expected:
+                    a, b = acted, moved.flip(0) if "floor" in reading else moved
+                    if "spatial" in reading:
+                        a, b = (x - x.mean((2, 3), keepdim=True) for x in (a, b))
+                    cosine = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+                    expected[reading] += cosine.mean().item() / len(elements)
+            assert scores[name][layer] == pytest.approx(expected, abs=1e-5), name
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("n", range(2, 12))
+def test_a_floor_is_never_of_the_image_itself(n, seed):
+    """Each image has another one, and each is another one's."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    other = module._other(n, generator).tolist()
+    assert sorted(other) == list(range(n))
+    assert all(index != partner for index, partner in enumerate(other))
+
+
+def test_floors_of_images_that_are_all_alike_are_the_score():
+    images = torch.randn(1, 3, 24, 24).expand(3, -1, -1, -1)
+    for layers in equivariance_score(plain(dynamic_img_size=True), images, layers=[2]).values():
+        assert layers[2]["raw"] == pytest.approx(layers[2]["raw_floor"], abs=1e-5)
+        assert layers[2]["spatial"] == pytest.approx(layers[2]["spatial_floor"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "given", "expected", "remedy"),
+    [
+        (3, "layers=3", "several numbers of layers", "layers=[3]"),
+        ("3", "layers='3'", "several numbers of layers", "layers=[3]"),
+        (True, "layers=True", "several numbers of layers", "layers=[3]"),
+        ([], "layers=[]", "several numbers of layers", "layers=[3]"),
+        ([1, 9], "layers=[1, 9]", "whole numbers of blocks from 0 to 3", "layers=[3]"),
+        ([1, "2"], "layers=[1, '2']", "whole numbers of blocks from 0 to 3", "layers=[3]"),
+    ],
+)
+def test_layers_that_are_no_list(layers, given, expected, remedy):
+    with pytest.raises(SERError) as error:
+        equivariance_score(plain(), torch.randn(2, 3, 24, 24), layers=layers)
+    assert error.value.args == ("equivariance_score(model, images, layers=...)", given, expected, remedy)
+
+
+def test_layers_of_any_kind_of_list():
+    vit, images = plain(), torch.randn(2, 3, 24, 24)
+    scores = [equivariance_score(vit, images, layers) for layers in ([3, 1, 3], range(1, 4, 2), iter((1, 3)), {1, 3})]
+    assert [list(score["flip"]) for score in scores] == [[1, 3]] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        ((torch.randn(2, 3, 24, 24), torch.zeros(2)), "images[0]  # of (images, labels)"),
+        (torch.randn(2, 3, 20, 20), "24 x 24, the size that the model was built for"),
+        (torch.randn(2, 1, 24, 24), "in_chans=1"),
+    ],
+)
+def test_errors_name_the_score(images, text):
+    with pytest.raises(SERError) as error:
+        equivariance_score(plain(), images)
+    assert error.value.call == "equivariance_score(model, images)"
+    assert text in str(error.value)
+    with pytest.raises(SERError) as error:
+        equivariance_score(nn.Linear(3, 4), torch.randn(2, 3, 24, 24))
+    assert error.value.call == "equivariance_score(model, images)"

@@ -84,6 +84,7 @@ for text in ("<h2>Norms</h2>", "How long tokens are.", "Norms of tokens", "<th>n
 """
 
 
+@pytest.mark.slow
 def test_a_section_is_a_file_and_a_line(tmp_path):
     """In a copy of the library."""
     package = Path(ser_reg.__file__).parent

@@ -38,8 +38,9 @@ def create(name: str, pretrained: bool = False, caller: str = "create", **argume
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except Exception as error:  # a hub that cannot be reached and constructors raise errors of many kinds
         stem = name.split(".")[0]
-        if arguments and timm.is_model(stem):
-            given, expected = f"{arguments}: {type(error).__name__}: {error}", f"arguments of {stem}"
+        own = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        if own and timm.is_model(stem) and (not pretrained or isinstance(error, (TypeError, AssertionError))):
+            given, expected = f"{own}: {type(error).__name__}: {error}", f"arguments of {stem}"
             remedy = f"timm.create_model({stem!r})  # with the arguments that it takes"
             raise SERError(call, given, expected, remedy) from error
         if pretrained and timm.is_model(stem):

@@ -65,6 +65,7 @@ def _run_ranks(folder: str) -> str:
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     if any(rank.returncode for rank in ranks):
         return next(error for error in errors if error).strip().splitlines()[-1]
     return ""
