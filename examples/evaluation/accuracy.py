@@ -42,7 +42,9 @@ def knn_accuracy(
     for queries, labels in zip(test.split(QUERIES), test_labels.split(QUERIES), strict=True):
         cosine, index = _nearest(F.normalize(queries.to(device), dim=1), train, k)
         votes = torch.zeros(len(queries), classes, device=device)
-        votes.scatter_add_(1, train_labels.to(device)[index], (cosine / temperature).exp())
+        # From the nearest one's on: of a vote only ratios count, and exp(1 / 0.01) is no float32.
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, train_labels.to(device)[index], weights)
         right += (votes.argmax(1) == labels.to(device)).double().sum().item()
     return right / len(test)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,17 +25,18 @@ from data.settings import cores
 from rich.console import Console
 from torch import Tensor, nn
 
-from ser_reg.errors import require
+from ser_reg.errors import SERError, require
 from ser_reg.records import atomically, environment
 
 from .encoder import load
-from .features import Extraction, Features, class_tokens, extract
+from .features import Extraction, Features, class_tokens, extract, fingerprint
 
 __all__ = ["Judgement", "Session", "folder_name", "labels_as", "percent"]
 
 SECONDS = 30  # between two lines on how far a training is
 PATIENCE = timedelta(days=7)  # of processes that wait while the main one trains a classifier; NCCL's own is ten minutes
-MAY_BE_0 = {"label_smoothing", "seed", "warmup_epochs", "weight_decay", "workers"}
+MAY_BE_0 = {"label_smoothing", "layers", "seed", "warmup_epochs", "weight_decay", "workers"}
+MOST_SEEDS = 2**32  # as NumPy has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +74,15 @@ class Judgement:
 
     def check(self, call: str) -> None:
         """Raise a SERError for a number that would give a wrong one."""
+        remedy = f"{call} --help  # has defaults"
         for flag, value in asdict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                zero = flag in MAY_BE_0
-                given, expected = f"--{flag.replace('_', '-')} {value}", "0 or more" if zero else "more than 0"
-                require(value > 0 or (value == 0 and zero), call, given, expected, f"{call} --help  # has defaults")
+            zero, numbers = flag in MAY_BE_0, value if isinstance(value, tuple) else (value,)
+            expected = f"{'0 or more' if zero else 'more than 0'}, and finite"
+            for number in numbers:
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    fits = 0 < number < math.inf or (number == 0 and zero)
+                    require(fits, call, f"--{flag.replace('_', '-')} {number}", expected, remedy)
+        require(self.seed < MOST_SEEDS, call, f"--seed {self.seed}", f"less than {MOST_SEEDS}", f"{call} --seed 0")
 
 
 class Session:
@@ -104,7 +111,7 @@ class Session:
         self.encoder = load(settings.model, settings.size, settings.pretrained, settings.seed)
         self.encoder.model.to(self.device)
         self.unreadable: dict[str, list[tuple[str, str]]] = {}
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.output_dir, self.call, "--output-dir")
         if self.encoder.late_cls:
             self.note(f"{settings.model}: [CLS] joins after {self.encoder.late_cls} blocks, as in training")
 
@@ -133,6 +140,7 @@ class Session:
     def features(self, source: Source, where: str, extraction: Extraction) -> Features:
         """Features of a source, cached under a name for the source."""
         cache = self.settings.cache or self.settings.output_dir / "features"
+        make_folder(cache, self.call, "--cache")
         features = self._extract(source, extraction, cache / where)
         self.leave_out(where, features.unreadable)
         return features
@@ -148,7 +156,7 @@ class Session:
 
     def class_tokens(self, last: int) -> tuple[Extraction, str]:
         """What a classifier sees: what is extracted, and the name of its features."""
-        extraction = class_tokens(self.encoder, last)
+        extraction = class_tokens(self.encoder, last, self.call)
         if extraction.name != "pooled":
             return extraction, "cls"
         given = f"--last {last} of {self.settings.model}, which has no normalised [CLS] in its blocks"
@@ -176,7 +184,7 @@ class Session:
         """What a training on a source depends on, beside its own settings."""
         encoder = self.encoder
         fields = {"encoder": encoder.fingerprint, "size": encoder.size, "mean": encoder.mean, "std": encoder.std}
-        return fields | {"data": self.settings.data, "images": len(source), "seed": self.settings.seed}
+        return fields | {"data": self.settings.data, "images": fingerprint(source), "seed": self.settings.seed}
 
     def leave_out(self, where: str, unreadable: list[tuple[str, str]]) -> None:
         """Say which images could not be read, now and in the results."""
@@ -212,6 +220,18 @@ class Session:
 def folder_name(data: str) -> str:
     """A name for a data set: readable, and another one for another."""
     return re.sub(r"\W+", "-", data)[-40:].strip("-") + "-" + hashlib.sha256(data.encode()).hexdigest()[:8]
+
+
+def make_folder(folder: Path, call: str, flag: str) -> None:
+    """Make the folder that a flag names; raises a SERError where there can be none, or none to write to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        given = f"{type(error).__name__}: {error.strerror}"
+        expected = "a folder that can be made and written to"
+        raise SERError(f"{call} {flag} {folder}", given, expected, f"{flag} out/evaluate") from error
 
 
 def labels_as(features: Features, classes: list[str], call: str) -> Tensor:

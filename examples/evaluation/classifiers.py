@@ -145,14 +145,14 @@ def predict(head: nn.Module, features: Tensor) -> Tensor:
     return torch.cat([head(chunk.to(device)).cpu() for chunk in features.split(8192)])
 
 
-def top(scores: Tensor, labels: Tensor, k: int) -> float:
+def top(scores: Tensor, labels: Tensor, k: int, call: str = "evaluate.py linear") -> float:
     """How often the label is among the k highest scores, as a fraction of 1.
 
     Raises:
         SERError: scores that are not finite, of which some class or other would come out highest.
     """
-    given, remedy = "a classifier that diverged", "evaluate.py linear --base-rates 0.01 0.03  # lower ones"
-    require(scores.isfinite().all(), "evaluate.py", given, "finite scores", remedy)
+    given, remedy = "a classifier that diverged", f"{call} --base-rates 0.0001 0.001  # lower ones"
+    require(scores.isfinite().all(), call, given, "finite scores", remedy)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).double().mean().item()
 

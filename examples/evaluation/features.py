@@ -29,7 +29,7 @@ from ser_reg.records import atomically
 
 from .encoder import Encoder, pooled
 
-__all__ = ["Extraction", "Features", "class_tokens", "embeddings", "extract", "read"]
+__all__ = ["Extraction", "Features", "class_tokens", "embeddings", "extract", "fingerprint", "read"]
 
 CHUNK = 4096  # images a file
 SAMPLED, SIDE = 16, 32  # images, and pixels a side, that stand for all pixels of the data set
@@ -71,7 +71,7 @@ class Features:
         return torch.cat(chunks)
 
 
-def class_tokens(encoder: Encoder, last: int) -> Extraction:
+def class_tokens(encoder: Encoder, last: int, call: str = "evaluate.py") -> Extraction:
     """The embedding ("pooled") and, of a ViT with [CLS], its normalised [CLS] of the last blocks ("cls"), joined.
 
     Source: Section 4.1 of the paper: the linear classifier sees the last four, as in DINO's evaluation of ViT-S.
@@ -80,7 +80,7 @@ def class_tokens(encoder: Encoder, last: int) -> Extraction:
     if known is None or not known.has_class_tokens:
         return Extraction("pooled", lambda made, images: {"pooled": pooled(made.model, made.normalise(images))})
     expected, remedy = f"1 to {known.depth} blocks", f"--last {min(4, known.depth)}"
-    require(1 <= last <= known.depth, "evaluate.py", f"--last {last}", expected, remedy)
+    require(1 <= last <= known.depth, call, f"--last {last}", expected, remedy)
 
     def compute(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
         tokens = encoder.layered("evaluate.py").class_tokens(encoder.normalise(images), last)
@@ -154,7 +154,7 @@ def extract(
     key = {
         "recipe": extraction.name,
         "model": encoder.fingerprint,
-        "images": _fingerprint(source),
+        "images": fingerprint(source),
         "transform": f"{encoder.size} pixels, mean {encoder.mean}, std {encoder.std}",
     }
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
@@ -162,7 +162,7 @@ def extract(
     require(chunks, call, "a data set without images", "at least one", "--data FOLDER")
     paths = [folder / f"{number:05d}.safetensors" for number in range(len(chunks))]
     keys = [key | {"places": f"{chunk.start} to {chunk.stop}"} for chunk in chunks]
-    missing = [number for number, path in enumerate(paths) if not _fits(path, keys[number])]
+    missing = [n for n, path in enumerate(paths) if not _fits(path, keys[n]) or _mended(path, chunks[n], source)]
     accelerator.wait_for_everyone()  # before anybody writes: all have seen the same files
     if missing:
         note(f"features of {sum(len(chunks[n]) for n in missing)} of {len(source)} images into {folder}")
@@ -203,7 +203,7 @@ def _batches(
     )
 
 
-def _fingerprint(source: Source) -> str:
+def fingerprint(source: Source) -> str:
     """Of the names of all images and the pixels of some: others under the same names are noticed."""
     digest = hashlib.sha256(str(len(source)).encode())
     for i in range(len(source)):
@@ -223,6 +223,13 @@ def _fits(path: Path, key: dict[str, str]) -> bool:
     remedy = f"rm -r '{path.parent}'  # or --cache ELSEWHERE"
     require(not wrong, f"features from {path.parent}", given, expected, remedy)
     return True
+
+
+def _mended(path: Path, numbers: range, source: Source) -> bool:
+    """Whether an image that could not be read when the file was written can be read now."""
+    with safe_open(path, framework="pt") as file:
+        left_out = sorted(set(numbers) - set(file.get_tensor("indices").tolist()))
+    return any(LabelledDataset(source, lambda image: torch.empty(0))[i].unreadable is None for i in left_out)
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ser_reg.errors import require
+
 from .accuracy import knn_accuracy
 from .base import Judgement, Session, labels_as, percent
 
@@ -26,7 +28,11 @@ class Knn(Judgement):
 
     def run(self) -> None:
         session = Session(self)
-        train, test = session.embeddings("train"), session.embeddings("val")
+        train = session.embeddings("train")
+        n = len(train.labels)
+        given, expected = f"--k {self.k} of {n} training images that can be read", f"at most {n} neighbours"
+        require(self.k <= n, session.call, given, expected, f"{session.call} --k {max(1, n // 10)}")
+        test = session.embeddings("val")
         results: dict[str, Any] = {"train_images": len(train.labels), "test_images": len(test.labels)}
         if session.main:
             sets = (train["pooled"], train.labels, test["pooled"], labels_as(test, train.classes, session.call))

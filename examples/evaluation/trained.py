@@ -53,7 +53,9 @@ class _Training(NamedTuple):
     """(H, D) features."""
     held_out_labels: Tensor
     count: int
-    """Of all training images."""
+    """Of all training images that can be read, as far as that is known."""
+    batch_size: int
+    """As asked for, or all images that there are."""
     crops: tuple[Crops, ...] = ()
     """Which may come upon images that cannot be read."""
 
@@ -74,14 +76,14 @@ def train_classifier(
     test = session.split("val", extraction)
     classes = source.classes
     labels_as(test, classes, session.call)  # ahead of the training
-    batch_size = settings.batch_size or usual_batch(len(source))
-    rates = [rate * batch_size / 256 if scaled else rate for rate in base_rates]
     paper = "" if settings.augment else " (--augment: the paper's protocol)"
     session.note(f"{settings.name} on {settings.protocol}{paper}")
     prepare = _on_crops if settings.augment else _on_kept_features
-    training = prepare(session, settings, source, extraction, name, batch_size)
+    training = prepare(session, settings, source, extraction, name)
     if training is None:
         return None, {}
+    batch_size = training.batch_size
+    rates = [rate * batch_size / 256 if scaled else rate for rate in base_rates]
 
     def trained(which: str, rates: list[float], batches: Batches) -> list[nn.Module]:
         checkpoint = None

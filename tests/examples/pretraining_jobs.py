@@ -1,7 +1,7 @@
 """Reference trainings by name and flags, one after another in the same processes.
 
-Tests call `train_job`, and for several processes ``torchrun --standalone --nproc-per-node N
-tests/examples/pretraining_jobs.py JOBS.json``, so that the start of Python is paid for once. Whole scripts are run by
+Tests call `train_job`, and for several processes ``python tests/examples/pretraining_jobs.py JOBS.json``, with lists of
+jobs by number of processes, so that the start of Python is paid for once. Whole scripts are run by
 test_pretraining_runs.py.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,8 +163,38 @@ def _keep(method: nn.Module, moment: Moment, path: Path) -> None:
             torch.save(found, path)
 
 
+def _work(rank: int, processes: int, port: int, jobs: list[dict[str, Any]]) -> None:
+    """The jobs, as one of several processes that torchrun had started."""
+    if processes > 1:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for job in jobs:
+        train_job(**job)
+
+
+def _fork(processes: int, jobs: list[dict[str, Any]]) -> None:
+    """Copies of this process, which has imported everything, share the jobs; if one fails, none goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_work, args=(rank, processes, port, jobs)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    running = list(workers)
+    while running:
+        multiprocessing.connection.wait([worker.sentinel for worker in running])
+        running = [worker for worker in running if worker.is_alive()]
+        if any(worker.exitcode for worker in workers):
+            for worker in running:
+                worker.kill()
+            sys.exit(f"jobs on {processes} processes ended with {[worker.exitcode for worker in workers]}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Accelerator.end_training = lambda self: None  # it destroys the process group, which the next job needs
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        train_job(**job)
+    for count, its_jobs in json.loads(Path(sys.argv[1]).read_text()).items():
+        for method in METHODS:
+            importlib.import_module(method)
+        _fork(int(count), its_jobs)

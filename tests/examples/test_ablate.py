@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import tyro
 from PIL import Image
 
 pytest.importorskip("accelerate")
@@ -21,6 +22,7 @@ import moco_v3
 from ablation.plot import draw
 from ablation.table import COLUMNS, markdown, summary
 from ablation.variants import ABLATIONS, FULL
+from accelerate.state import AcceleratorState
 from pretraining.settings import parse
 
 from ser_reg import SERError
@@ -105,24 +107,29 @@ def test_wrong_requests_say_what_to_type(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_training_that_fails_is_told_with_its_error(tmp_path):
-    settings = ablate.Settings("layer", flags="--term.layer 9 --steps 1", output_dir=tmp_path)
-    with pytest.raises(SERError, match=r"a layer from 1 to 6") as error:
-        ablate.train_and_judge(settings, FULL, 0)
-    assert "moco_v3.py --preset small --term.layer 9" in error.value.remedy
+def test_a_training_that_fails_is_told_with_its_error(tmp_path, monkeypatch):
+    """By a script in the place of the training's, which says how it was called."""
+    (tmp_path / "moco_v3.py").write_text("import sys; sys.exit('refused ' + ' '.join(sys.argv[1:]))")
+    monkeypatch.setattr(ablate, "EXAMPLES", tmp_path)
+    settings = ablate.Settings("layer", flags="--steps 1", output_dir=tmp_path / "out")
+    with pytest.raises(SERError, match="exit status 1: refused --preset small") as error:
+        ablate.train_and_judge(settings, FULL, 7)
+    assert "moco_v3.py --preset small --steps 1 --seed 7" in error.value.remedy
+    assert "--steps 1 --seed 7 --output-dir" in error.value.given
 
 
 @pytest.mark.slow
-def test_command_line_end_to_end(tmp_path):
+@pytest.mark.usefixtures("on_cpu")
+def test_command_line_end_to_end(tmp_path, capsys):
     def run(flags):
-        command = [sys.executable, EXAMPLES / "ablate.py", "all-layers", "--seeds", 0, "--output-dir", tmp_path]
-        return subprocess.run(
-            [*map(str, command), "--flags", flags], capture_output=True, text=True, check=False, env=os.environ
-        )
+        """As the command line is read."""
+        AcceleratorState._reset_state()  # of other tests
+        typed = ["all-layers", "--seeds", "0", "--output-dir", str(tmp_path), "--flags", flags]
+        ablate.main(tyro.cli(ablate.Settings, args=typed))
+        return capsys.readouterr().out
 
-    tiny = "--steps 2 --batch-size 16 --width 16 --heads 2 --hidden 16"
-    done = run(f" {tiny}")
-    assert done.returncode == 0, done.stderr
+    tiny = " --steps 2 --batch-size 16 --width 16 --heads 2 --hidden 16"
+    shown = run(tiny)
     assert {path.name for path in tmp_path.iterdir()} == {"all-layers.md", "all-layers.png", "results.json", "runs"}
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {variant.run for variant in ABLATIONS["all-layers"].variants}
@@ -131,9 +138,14 @@ def test_command_line_end_to_end(tmp_path):
     assert kept["environment"]["versions"]["torch"]
     assert set(kept["result"]["equivariance"]["rotation"]) == {str(layer) for layer in range(1, 7)}
     assert f"{100 * kept['result']['accuracy']['knn']:.1f}" in (tmp_path / "all-layers.md").read_text()
-    again = run(f" {tiny}")  # nothing is trained twice
-    assert again.returncode == 0
-    assert re.findall(r"\|.*\|", again.stdout) == re.findall(r"\|.*\|", done.stdout)
-    other = run(f" {tiny} --drop-path 0.1")
-    assert other.returncode != 0
-    assert "of a run with" in other.stderr
+    assert re.findall(r"\|.*\|", run(tiny)) == re.findall(r"\|.*\|", shown)  # nothing is trained twice
+    done = script(tmp_path, f"{tiny} --drop-path 0.1")
+    assert done.returncode != 0
+    assert "of a run with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def script(folder, flags):
+    command = [sys.executable, EXAMPLES / "ablate.py", "all-layers", "--seeds", 0, "--output-dir", folder]
+    command = [*map(str, command), "--flags", flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)

@@ -1,6 +1,7 @@
 """A new term is one file and one line: it then trains with every base method, its settings on the command line."""
 
 import filecmp
+import json
 import os
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from pretraining_jobs import METHODS, TINY, lines
+from pretraining_jobs import METHODS, lines
 
 ROOT = Path(__file__).parents[2]
+JOBS = Path("tests", "examples", "pretraining_jobs.py")
 TERM = '''"""Pooled maps of two views should be alike."""
 
 import torch
@@ -59,9 +61,11 @@ def differences(compared, prefix=""):
 
 
 def copied(source, folder):
+    left_out = shutil.ignore_patterns("__pycache__", "out", "results")
     for room in ("src", "examples"):
-        left_out = shutil.ignore_patterns("__pycache__", "out", "results")
         shutil.copytree(source / room, folder / room, ignore=left_out)
+    (folder / JOBS).parent.mkdir(parents=True)
+    shutil.copy(source / JOBS, folder / JOBS)
     return folder
 
 
@@ -74,15 +78,17 @@ def register(objectives):
     registry.write_text(text.replace("from .base import", "from .alike import Alike\nfrom .base import"))
 
 
-def train(root, method, *flags):
-    """Two tiny steps of a script, which finds the library beside it."""
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
+def train(root, flags):
+    """Tiny trainings with the library and the examples in a folder: lines of the log, by method."""
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"examples/{method}.py", *flags, *TINY.split(), "--steps", "2", "--output-dir"]
-    folder = root.with_name(f"run_{method}")
-    done = subprocess.run([*command, folder], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    folders = {method: root.with_name(f"run_{method}") for method in flags}
+    jobs = [{"method": m, "flags": [*flags[m], "--steps", "2", "--output-dir", str(folders[m])]} for m in flags]
+    root.with_name("jobs.json").write_text(json.dumps({1: jobs}))
+    command = [sys.executable, str(JOBS), str(root.with_name("jobs.json"))]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return lines(folder)
+    return {method: lines(folder) for method, folder in folders.items()}
 
 
 @pytest.mark.slow
@@ -91,8 +97,8 @@ def test_a_new_term_is_one_file_and_one_line(tmp_path):
     after = copied(before, tmp_path / "after")
     register(after / "src" / "ser_reg" / "objectives")
     own = ["alike", "--term.weight", "1", "--term.power", "1.5", "--term.width", "4"]
-    for method in METHODS:
-        first, second = train(after, method, *own, *(["--local-views", "4"] if method == "dino" else []))
+    found = train(after, {m: [*own, *(["--local-views", "4"] if m == "dino" else [])] for m in METHODS})
+    for first, second in found.values():
         assert first["loss"] == pytest.approx(first["base"] + first["term"])
         assert first["term"] > 0
         assert {name for name in second if name.startswith("term_")} == {"term_size"}

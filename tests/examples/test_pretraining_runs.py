@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
+from golden_curves import CURVES, curve_job, differences
 from pictures_on_disk import picture
 from pretraining_jobs import GRADIENTS, METHODS, TINY, lines, train_job
 
@@ -91,8 +92,9 @@ DDP = {
     ],
     "barlow_twins": [[], ["--term.ratio", 5 / 16, "--term.weight", 0], ["--local-views", 4, "--term.all-layers"]],
 }
+RECORDED = [name for name, curve in CURVES.items() if curve["processes"] == 2]
 CASES = [(method, number) for method, cases in DDP.items() for number in range(len(cases))]
-FOUR = [("moco_v3", 1), ("moco_v3", 5), ("dino", 1), ("barlow_twins", 2)]
+ON_FOUR = [("moco_v3", 1), ("moco_v3", 5), ("dino", 1), ("barlow_twins", 2)]
 
 
 def job(method, flags, folder, **more):
@@ -100,13 +102,6 @@ def job(method, flags, folder, **more):
     plain = ["--clip", None, *(["--drop-path", 0] if method == "dino" else [])]
     flags = [*flags, *plain, "--output-dir", folder]  # the word of a term comes first
     return {"method": method, "flags": list(map(str, flags)), "batch_statistics": False, **more}
-
-
-def launch(jobs, folder, processes):
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    code, out, err = finish(start(JOBS, folder / "jobs.json", processes=processes), 500)
-    assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +115,10 @@ def unreadable(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory, unreadable):
-    """All that is run on two processes, run at once. Batch norm gives way to layer norm: on CPUs each process has batch
-    statistics of its own."""
-    folder = tmp_path_factory.mktemp("two")
+def runs(tmp_path_factory, unreadable):
+    """Folders of all that is run on two processes and on four, run at once. But for the recorded curves, batch norm
+    gives way to layer norm: on CPUs each process has batch statistics of its own."""
+    folder = tmp_path_factory.mktemp("runs")
     jobs = [job(m, DDP[m][n], folder / f"{m}{n}", gradients=True) for m, n in CASES]
     jobs += [job(m, ["--fsdp", *DDP[m][0]], folder / f"{m}_fsdp", gradients=True) for m in METHODS]
     stopped = job("dino", ["--fsdp", *DDP["dino"][0]], folder / "stopped_fsdp")
@@ -133,8 +128,27 @@ def on_two(tmp_path_factory, unreadable):
     signal.signal(signal.SIGTERM, before)
     jobs.append(job("dino", ["--steps", 4], folder / "moved"))
     jobs.append(job("dino", ["--data", unreadable, "--steps", 5], folder / "unreadable"))
-    (folder / "output").write_text(launch(jobs, folder, 2))
+    jobs += [curve_job(name, folder / name) for name in RECORDED]
+    on_four = [job(m, DDP[m][n], folder / f"four_{m}{n}", gradients=True) for m, n in ON_FOUR]
+    (folder / "jobs.json").write_text(json.dumps({2: jobs, 4: on_four}))
+    code, out, err = finish(start(JOBS, folder / "jobs.json"), 500)
+    assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
+    (folder / "output").write_text(out)
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(method, number): the folder of the same on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def train(method, number):
+        found = folder / f"{method}{number}"
+        if not found.exists():
+            train_job(**job(method, DDP[method][number], found, gradients=True))
+        return found
+
+    return train
 
 
 def assert_same(folder, other):
@@ -156,52 +170,48 @@ def assert_same_gradients(folder, other):
         assert error <= 1e-5 * size + 1e-6, f"{name}: off by {error / size:.1e} of its norm"
 
 
-@pytest.mark.parametrize(("method", "number"), CASES)
-def test_two_processes_train_as_one(tmp_path, on_two, method, number):
-    train_job(**job(method, DDP[method][number], tmp_path / "one", gradients=True))
-    assert_same(on_two / f"{method}{number}", tmp_path / "one")
-    assert_same_gradients(on_two / f"{method}{number}", tmp_path / "one")
+@pytest.mark.parametrize(("processes", "method", "number"), [(2, *c) for c in CASES] + [(4, *c) for c in ON_FOUR])
+def test_several_processes_train_as_one(runs, alone, processes, method, number):
+    found = runs / f"{'four_' if processes == 4 else ''}{method}{number}"
+    assert_same(found, alone(method, number))
+    assert_same_gradients(found, alone(method, number))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_two_processes_draw_the_recorded_curve(runs, name):
+    assert not differences(lines(runs / name), CURVES[name])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_sharded_parameters_train_as_whole_ones(on_two, method):
-    assert_same(on_two / f"{method}_fsdp", on_two / f"{method}0")
-    assert_same_gradients(on_two / f"{method}_fsdp", on_two / f"{method}0")
-    sharded, whole = (on_two / name / "checkpoint.pt" for name in (f"{method}_fsdp", f"{method}0"))
+def test_sharded_parameters_train_as_whole_ones(runs, method):
+    assert_same(runs / f"{method}_fsdp", runs / f"{method}0")
+    assert_same_gradients(runs / f"{method}_fsdp", runs / f"{method}0")
+    sharded, whole = (runs / name / "checkpoint.pt" for name in (f"{method}_fsdp", f"{method}0"))
     ours, others = (torch.load(path, weights_only=True)["model"] for path in (sharded, whole))
     assert ours.keys() == others.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, others[name], rtol=1e-3, atol=2e-4)
 
 
-def test_stopped_sharded_training_goes_on(on_two):
-    assert_same(on_two / "stopped_fsdp", on_two / "dino_fsdp")
+def test_stopped_sharded_training_goes_on(runs):
+    assert_same(runs / "stopped_fsdp", runs / "dino_fsdp")
 
 
-def test_training_goes_on_with_another_number_of_processes(tmp_path, on_two):
+def test_training_goes_on_with_another_number_of_processes(tmp_path, runs):
     train_job(**job("dino", ["--steps", 4], tmp_path / "one"))
-    assert_same(on_two / "moved", tmp_path / "one")
+    assert_same(runs / "moved", tmp_path / "one")
 
 
-def test_unreadable_images_of_all_processes_are_counted_once(on_two, unreadable):
-    found = (on_two / "unreadable" / "unreadable.txt").read_text().splitlines()
+def test_unreadable_images_of_all_processes_are_counted_once(runs, unreadable):
+    found = (runs / "unreadable" / "unreadable.txt").read_text().splitlines()
     assert sorted(found) == [str(unreadable / f"{i:02}.png") for i in (3, 4, 9)]
-    assert "3 images could not be read" in (on_two / "output").read_text()
-
-
-def test_four_processes_train_as_one(tmp_path):
-    launch([job(m, DDP[m][n], tmp_path / f"{m}{n}", gradients=True) for m, n in FOUR], tmp_path, 4)
-    for method, number in FOUR:
-        name = f"{method}{number}"
-        train_job(**job(method, DDP[method][number], tmp_path / "one" / name, gradients=True))
-        assert_same(tmp_path / name, tmp_path / "one" / name)
-        assert_same_gradients(tmp_path / name, tmp_path / "one" / name)
+    assert "3 images could not be read" in (runs / "output").read_text()
 
 
 # The scripts
 
 
-@pytest.mark.parametrize(("method", "processes"), [("moco_v3", 2), ("dino", None), ("barlow_twins", 2)])
+@pytest.mark.parametrize(("method", "processes"), [("moco_v3", 2), ("dino", None), ("barlow_twins", None)])
 def test_script_trains_as_it_is(tmp_path, method, processes):
     code, out, err = finish(script(method, "--output-dir", tmp_path / "run", processes=processes))
     assert code == 0, err
