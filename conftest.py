@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+collect_ignore_glob = ["*conftest.py"]  # have no doctests, and one name, which collecting takes for one module
+
 hypothesis.settings.register_profile("ser", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ser")
 

@@ -37,7 +37,11 @@ ROOMS = {  # what is mutated, and the tests of it
     "src/ser_reg/metrics": ("tests/metrics",),
     f"{ENGINE}/step.py": ("tests/examples/test_pretraining_step.py",),
     f"{ENGINE}/encode.py": ("tests/examples/test_pretraining_step.py",),
-    f"{ENGINE}/update.py": ("tests/examples/test_pretraining_step.py", "tests/examples/test_pretraining_loop.py"),
+    f"{ENGINE}/update.py": (
+        "tests/examples/test_pretraining_update.py",
+        "tests/examples/test_dino.py",
+        "tests/examples/test_pretraining_loop.py",
+    ),
 }
 SECONDS = 60
 

@@ -107,6 +107,7 @@ class TestGradient:
             assert not check(late_cls(model(), layer).requires_grad_(False), layer=layer).findings[GRADIENT].passed
         term = SERLoss(32).requires_grad_(False)
         gradient = check(vit, layer=LAYER, term=term).findings[GRADIENT]
+        assert not gradient.passed
         assert gradient.figure.endswith("frozen: the term")
         exec(gradient.remedy, {"term": term})
         assert check(vit, layer=LAYER, term=term).passed
@@ -241,7 +242,8 @@ class TestClassToken:
 
     def test_no_prefix_joins_nowhere(self):
         assert check(model(0, class_token=False, global_pool="avg"), layer=LAYER).findings[CLS].passed
-        assert check(timm.create_model("resnet10t", channels=(8, 8, 16, 16)), layer=1, image_size=32).findings[CLS].passed
+        resnet = timm.create_model("resnet10t", channels=(8, 8, 16, 16))
+        assert check(resnet, layer=1, image_size=32).findings[CLS].passed
 
 
 class TestTeacher:

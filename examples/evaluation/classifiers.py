@@ -15,7 +15,7 @@ from ser_reg.errors import require
 
 from .checkpoint import EpochCheckpoint
 
-__all__ = ["Batches", "CachedBatches", "Kind", "choose_rate", "fit", "predict", "split", "top", "usual_batch"]
+__all__ = ["Batches", "CachedBatches", "Kind", "choose_rate", "fit", "predict", "split", "top", "top5", "usual_batch"]
 
 HELD_OUT = 0.1  # share of the training images on which a learning rate is chosen ...
 HELD_OUT_MOST = 50_000  # ... and no more than these
@@ -24,6 +24,8 @@ HELD_OUT_MOST = 50_000  # ... and no more than these
 class Kind(NamedTuple):
     """A classifier, untrained, and how it is trained at a learning rate."""
 
+    name: str
+    """With all that tells it from another of its file."""
     build: Callable[[int, int], nn.Module]
     """Of channels and classes."""
     optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
@@ -155,6 +157,11 @@ def top(scores: Tensor, labels: Tensor, k: int, call: str = "evaluate.py linear"
     require(scores.isfinite().all(), call, given, "finite scores", remedy)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).double().mean().item()
+
+
+def top5(scores: Tensor, labels: Tensor, call: str = "evaluate.py linear") -> float | None:
+    """The same for k = 5; None for five classes and fewer, of which five are always right."""
+    return top(scores, labels, 5, call) if scores.shape[1] > 5 else None
 
 
 def usual_batch(images: int) -> int:

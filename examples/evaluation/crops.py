@@ -14,6 +14,8 @@ from data.recipe import training_crop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ser_reg.errors import require
+
 from .encoder import Encoder
 
 __all__ = ["CropFeatures", "Crops"]
@@ -66,9 +68,19 @@ class Crops:
             collate_fn=collate_labelled,
             pin_memory=device.type == "cuda",
         )
+        readable = 0
         for batch in loader:
             self.unreadable |= dict(batch.unreadable)
+            readable += int(batch.readable.sum())
             yield batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        unreadable = self.all_unreadable()
+        require(
+            any(gather_object([readable])),  # else nothing was learnt in this epoch
+            "random crops of the training images",
+            lambda: f"{len(unreadable)} images, none readable; {': '.join(unreadable[0])}",
+            "images that can be read",
+            lambda: f"file '{unreadable[0][0]}'",
+        )
 
     def all_unreadable(self) -> list[tuple[str, str]]:
         """What no process could read so far: (name of the image, why) each."""

@@ -96,6 +96,7 @@ def wrap(model: nn.Module, name: str, size: int | None = None) -> Encoder:
         require(height == width, f"evaluate.py --model {name}", given, "a size for square images", remedy)
         size = int(width)
     _check_size(model, name, size)
+    _check_forward(model.eval(), name, size)
     mean, std = (
         tuple(map(float, pixels.get(key) or default)) for key, default in zip(("mean", "std"), IMAGENET, strict=True)
     )
@@ -122,8 +123,6 @@ def check_cls_layer(model: nn.Module, trained: int | str | None) -> None:
 def pooled(model: nn.Module, images: Tensor) -> Tensor:
     """(B, D): the normalised [CLS], or whatever timm pools for this model."""
     embedding: Tensor = model(images)
-    given, remedy = f"features of shape {tuple(embedding.shape)}", "timm.create_model(..., num_classes=0)  # and pools"
-    require(embedding.ndim == 2, "evaluate.py --model", given, "one vector an image (B, D)", remedy)
     return embedding
 
 
@@ -143,6 +142,25 @@ def _check_size(model: nn.Module, name: str, size: int) -> None:
             expected = f"a multiple of {patch}, which patches of {patch} x {patch} pixels fill"
             remedy = f"--size {max(1, size // patch) * patch}"
         raise SERError(call, given, expected, remedy) from error
+
+
+@torch.no_grad()
+def _check_forward(model: nn.Module, name: str, size: int) -> None:
+    """Raise, ahead of all reading, if the model gives no embedding for an image of three channels and this size."""
+    device, call = next((p.device for p in model.parameters()), "cpu"), f"evaluate.py --model {name}"
+    known = _known(model)
+    channels = known.channels if known else 3
+    given, remedy = f"a model for images of {channels} channels", "timm.create_model(..., in_chans=3)"
+    require(channels == 3, call, given, "red, green and blue", remedy)
+    try:
+        embedding = model(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        given = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"
+        expected = f"a model of images (1, 3, {size}, {size})"
+        raise SERError(call, given, expected, "--size 224  # or another that it was built for") from error
+    given = f"features of shape {tuple(embedding.shape)}" if isinstance(embedding, Tensor) else type(embedding).__name__
+    remedy = "timm.create_model(..., num_classes=0)  # and pools"
+    require(isinstance(embedding, Tensor) and embedding.ndim == 2, call, given, "one vector an image (B, D)", remedy)
 
 
 def _known(model: nn.Module) -> Backbone | None:

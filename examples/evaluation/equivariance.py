@@ -11,6 +11,7 @@ from data import open_source
 from data.base import random_subset
 from torch import Tensor
 
+from ser_reg.errors import require
 from ser_reg.metrics import equivariance_score
 
 from .base import Judgement, Session
@@ -36,12 +37,16 @@ class Equivariance(Judgement):
 
     def run(self) -> None:
         session = Session(self)
+        layers = layers_of(session.encoder, self.layers, session.call)
         chosen = random_subset(open_source(self.data, "val", self.seed), self.images, self.seed)
         results: dict[str, Any] = {}
         if session.main:
             images, unreadable = read(chosen, session.encoder.size, self.workers)
             session.leave_out("val", unreadable)
-            scores = mean_scores(session.encoder, images, self.layers or None, self.seed, session.device)
+            remedy = f"file '{unreadable[0][0]}'" if unreadable else f"{session.call} --images 512"
+            given, expected = f"{len(images)} test images that can be read", "two at least: another image is the floor"
+            require(len(images) >= 2, session.call, given, expected, remedy)
+            scores = mean_scores(session.encoder, images, layers, self.seed, session.device)
             results = {"images": len(images), "scores": scores}
             for name, by_layer in scores.items():
                 last = max(by_layer)
@@ -50,9 +55,16 @@ class Equivariance(Judgement):
         session.write(results)
 
 
-def mean_scores(encoder: Encoder, images: Tensor, layers: Sequence[int] | None, seed: int, device: torch.device) -> Any:
+def layers_of(encoder: Encoder, layers: Sequence[int], call: str) -> list[int]:
+    """The layers asked for, or all."""
+    depth = encoder.layered(call).depth
+    inside = all(layer <= depth for layer in layers)
+    require(inside, call, f"--layers {' '.join(map(str, layers))}", f"from 0 to {depth}", f"--layers 1 {depth}")
+    return sorted(set(layers)) or list(range(1, depth + 1))
+
+
+def mean_scores(encoder: Encoder, images: Tensor, layers: Sequence[int], seed: int, device: torch.device) -> Any:
     """`equivariance_score` of (N, 3, S, S) uint8 images, some at a time: maps of all layers need memory."""
-    encoder.layered("evaluate.py equivariance")
     mean: dict[str, dict[int, dict[str, float]]] = {}
     for number, batch in enumerate(images.tensor_split(max(1, len(images) // BATCH))):
         generator = torch.Generator().manual_seed(seed + number)

@@ -229,7 +229,8 @@ def _mended(path: Path, numbers: range, source: Source) -> bool:
     """Whether an image that could not be read when the file was written can be read now."""
     with safe_open(path, framework="pt") as file:
         left_out = sorted(set(numbers) - set(file.get_tensor("indices").tolist()))
-    return any(LabelledDataset(source, lambda image: torch.empty(0))[i].unreadable is None for i in left_out)
+    dataset = LabelledDataset(source, evaluation_transform(1))
+    return any(dataset[i].unreadable is None for i in left_out)
 
 
 def _header(path: Path) -> dict[str, str]:

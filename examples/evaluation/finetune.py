@@ -49,6 +49,18 @@ class Finetune(Judgement):
     precision: Literal["no", "bf16"] = "no"
     """Of the training; "no" is float32."""
 
+    def check(self, call: str) -> None:
+        super().check(call)
+        given, expected = (
+            f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}",
+            "one that ends before the training",
+        )
+        require(self.warmup_epochs < self.epochs, call, given, expected, f"--warmup-epochs {self.epochs / 20:g}")
+        given = f"--label-smoothing {self.label_smoothing:g}"
+        require(self.label_smoothing < 1, call, given, "less than 1", "--label-smoothing 0.1")
+        given = f"--layer-decay {self.layer_decay:g}"
+        require(self.layer_decay <= 1, call, given, "1 at most, which is none", "--layer-decay 0.75")
+
     def run(self) -> None:
         session = Session(self, self.precision)
         encoder, train, val = session.encoder, session.source("train"), session.source("val")
@@ -58,13 +70,14 @@ class Finetune(Judgement):
         training = Training(
             self.epochs, self.warmup_epochs, rate, self.weight_decay, self.layer_decay, self.label_smoothing
         )
-        key = session.key(train) | training._asdict() | {"batch_size": crops.batch_size}
-        checkpoint = EpochCheckpoint(self.output_dir / "finetune.progress", key, session.main)
+        key = session.key(train) | training._asdict() | {"batch_size": crops.batch_size, "precision": self.precision}
+        checkpoint = EpochCheckpoint(self.output_dir / "finetune.progress", key, session.main, crops)
         start = classifier(encoder, len(train.classes), self.seed)
         model = finetune(session.accelerator, encoder, start, crops, training, checkpoint, session.note_epoch)
         session.leave_out("train", crops.all_unreadable())
         logits, test = session.logits(model, val)
-        results: dict[str, Any] = {"train_images": len(train), "test_images": len(test.labels), "rate": rate}
+        readable = len(train) - len(session.unreadable["train"])
+        results: dict[str, Any] = {"train_images": readable, "test_images": len(test.labels), "rate": rate}
         results["batch_size"] = crops.batch_size
         if session.main:
             results |= judged(session, logits, labels_as(test, train.classes, session.call))
@@ -90,11 +103,13 @@ class Training(NamedTuple):
 def classifier(encoder: Encoder, classes: int, seed: int) -> nn.Module:
     """A copy of the encoder with a linear layer near zero behind it; [CLS] joins where it did in pretraining."""
     model: Any = deepcopy(encoder.model).cpu().requires_grad_(True)
+    call, expected = "evaluate.py finetune", "a timm model with one linear layer"
+    given = f"{encoder.name}, a {type(model).__name__} without reset_classifier"
+    require(hasattr(model, "reset_classifier"), call, given, expected, "evaluate.py knn")
     model.reset_classifier(classes)
     head = model.get_classifier()
     given = f"{encoder.name}, whose classifier is a {type(head).__name__}"
-    expected = "a timm model with one linear layer"
-    require(isinstance(head, nn.Linear), "evaluate.py finetune", given, expected, "evaluate.py knn")
+    require(isinstance(head, nn.Linear), call, given, expected, "evaluate.py knn")
     nn.init.trunc_normal_(head.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     return model.to(next(encoder.model.parameters()).device)

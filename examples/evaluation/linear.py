@@ -56,7 +56,7 @@ def linear() -> Kind:
         nn.init.zeros_(layer.bias)
         return layer
 
-    return Kind(build, lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9))
+    return Kind("one layer, SGD", build, lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9))
 
 
 class LinearClassifier(NamedTuple):

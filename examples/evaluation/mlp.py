@@ -43,4 +43,6 @@ def mlp(hidden: int) -> Kind:
         layers = [module for width in widths for module in (nn.Linear(*width), nn.ReLU(inplace=True))]
         return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
-    return Kind(build, lambda parameters, rate: torch.optim.Adam(parameters, rate))
+    return Kind(
+        f"three layers, {hidden} channels, Adam", build, lambda parameters, rate: torch.optim.Adam(parameters, rate)
+    )

@@ -77,7 +77,7 @@ def layers_of(encoder: Encoder, layers: Sequence[int] | None) -> list[int]:
     depth = encoder.layered(call).depth
     chosen = layers or [max(1, round(layer * depth / PAPER_DEPTH)) for layer in PAPER_LAYERS]
     inside = min(chosen) >= 1 and max(chosen) <= depth
-    require(inside, call, f"layers {chosen}", f"from 1 to {depth}", f"--layers 1 {depth}")
+    require(inside, call, f"--layers {' '.join(map(str, chosen))}", f"from 1 to {depth}", f"--layers 1 {depth}")
     return sorted(set(chosen))
 
 

@@ -16,7 +16,7 @@ from ser_reg.errors import SERError, require
 from ser_reg.images import read_image
 
 from .base import Judgement, Session, folder_name, percent
-from .classifiers import predict, top
+from .classifiers import predict, top, top5
 from .linear import LinearClassifier
 
 __all__ = ["ClassFolders", "Shift", "shifted_accuracies"]
@@ -38,6 +38,8 @@ class Shift(Judgement):
 
     def run(self) -> None:
         session = Session(self)
+        given, remedy = "--folders without a folder", "--folders FOLDER  # FOLDER/CLASS/*.jpg"
+        require(self.folders, session.call, given, "one at least", remedy)
         path = self.classifier or self.output_dir / "linear.safetensors"
         classifier = LinearClassifier.load(path, session.encoder)
         classifier.layer.to(session.device)
@@ -97,7 +99,7 @@ class ClassFolders:
 
 
 def shifted_accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1 and top-5 among the classes that occur, and among all that the classifier knows.
+    """Top-1 and top-5 (None of five classes and fewer) among the classes that occur, and among all.
 
     The two are the same for ImageNet-V2 and ImageNet-Sketch. For the 200 classes of ImageNet-R its authors restrict
     the choice to these; the paper does not say what it does.
@@ -110,9 +112,9 @@ def shifted_accuracies(layer: nn.Module, features: Tensor, labels: Tensor) -> di
         "images": len(labels),
         "classes": len(present),
         "top1": top(restricted, restricted_labels, 1),
-        "top5": top(restricted, restricted_labels, 5),
+        "top5": top5(restricted, restricted_labels),
         "top1_among_all": top(scores, labels, 1),
-        "top5_among_all": top(scores, labels, 5),
+        "top5_among_all": top5(scores, labels),
     }
 
 

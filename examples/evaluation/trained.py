@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ from accelerate.utils import broadcast_object_list
 from data import Source, Subset
 from torch import Tensor, nn
 
+from ser_reg.errors import require
+
 from .base import Judgement, Session, folder_name, labels_as, percent
 from .checkpoint import EpochCheckpoint
-from .classifiers import Batches, CachedBatches, Kind, choose_rate, fit, predict, split, top, usual_batch
+from .classifiers import Batches, CachedBatches, Kind, choose_rate, fit, predict, split, top, top5, usual_batch
 from .crops import CropFeatures, Crops
 from .features import Extraction
 
@@ -53,11 +56,11 @@ class _Training(NamedTuple):
     """(H, D) features."""
     held_out_labels: Tensor
     count: int
-    """Of all training images that can be read, as far as that is known."""
+    """Of all training images; without those that cannot be read, on kept features."""
     batch_size: int
-    """As asked for, or all images that there are."""
-    crops: tuple[Crops, ...] = ()
-    """Which may come upon images that cannot be read."""
+    """As asked for, or as many as there are images but those held out."""
+    crops: Mapping[str, Crops]
+    """Of both trainings, which may come upon images that cannot be read; none on kept features."""
 
 
 def train_classifier(
@@ -71,6 +74,8 @@ def train_classifier(
         base_rates: learning rates to choose from.
         scaled: whether they are for a batch of 256, and grow with it.
     """
+    given, remedy = "--base-rates without a number", f"{session.call} --base-rates 0.1 1"
+    require(base_rates, session.call, given, "one at least", remedy)
     extraction, name = session.class_tokens(settings.last)
     source = session.source("train")
     test = session.split("val", extraction)
@@ -89,8 +94,9 @@ def train_classifier(
         checkpoint = None
         if settings.augment:  # hours; on kept features it is minutes
             key = session.key(source) | {"rates": rates, "epochs": settings.epochs, "last": settings.last}
+            key |= {"batch_size": batch_size, "classifier": kind.name}
             path = settings.output_dir / f"{settings.name}-{which}.progress"
-            checkpoint = EpochCheckpoint(path, key | {"batch_size": batch_size}, session.main)
+            checkpoint = EpochCheckpoint(path, key, session.main, training.crops[which])
         sizes, long = (training.held_out.shape[1], len(classes)), settings.epochs
         device, note = session.device, session.note_epoch
         return fit(kind, *sizes, rates, batches, long, settings.seed, device, checkpoint, note)
@@ -99,23 +105,26 @@ def train_classifier(
     found = choose_rate(heads, rates, training.held_out, training.held_out_labels)
     best = _best(session, found, len(training.held_out_labels), base_rates, rates, settings.augment)
     [head] = trained("all", [best], training.all)
+    unreadable = sorted({pair for crops in training.crops.values() for pair in crops.all_unreadable()})
     if settings.augment:
-        session.leave_out("train", sorted({pair for crops in training.crops for pair in crops.all_unreadable()}))
+        session.leave_out("train", unreadable)
     results: dict[str, object] = judged(session, predict(head, test[name]), labels_as(test, classes, session.call))
-    results |= {"protocol": settings.protocol, "train_images": training.count, "test_images": len(test.labels)}
+    results |= {"protocol": settings.protocol, "test_images": len(test.labels)}
+    results["train_images"] = training.count - len(unreadable)
     results |= {"classes": classes, "batch_size": batch_size, "rate": best, "held_out_accuracy": found}
     return head, results
 
 
 def judged(session: Session, scores: Tensor, labels: Tensor) -> dict[str, object]:
-    """Top-1 and top-5 of logits on test images."""
-    top1, top5 = top(scores, labels, 1), top(scores, labels, 5)
-    session.note(f"{session.settings.name}: top-1 {percent(top1)}, top-5 {percent(top5)} of {len(labels)} test images")
-    return {"top1": top1, "top5": top5}
+    """Top-1 of logits on test images, and top-5 of more than five classes."""
+    first, five = top(scores, labels, 1, session.call), top5(scores, labels, session.call)
+    also = "" if five is None else f", top-5 {percent(five)}"
+    session.note(f"{session.settings.name}: top-1 {percent(first)}{also} of {len(labels)} test images")
+    return {"top1": first, "top5": five}
 
 
 def _on_kept_features(
-    session: Session, settings: Trained, source: Source, extraction: Extraction, name: str, batch_size: int
+    session: Session, settings: Trained, source: Source, extraction: Extraction, name: str
 ) -> _Training | None:
     """Features of the middle of each image, from disk; None on all processes but the main one."""
     train = session.split("train", extraction)
@@ -123,35 +132,28 @@ def _on_kept_features(
         return None
     features, labels = train[name], train.labels
     inner, held_out = split(len(labels), settings.seed)
+    batch_size = min(settings.batch_size or usual_batch(len(source)), len(inner))
     most, everything = (
         CachedBatches(features, labels, batch_size, settings.seed, session.device, indices) for indices in (inner, None)
     )
-    return _Training(most, everything, features[held_out], labels[held_out], len(labels))
+    return _Training(most, everything, features[held_out], labels[held_out], len(labels), batch_size, {})
 
 
-def _on_crops(
-    session: Session, settings: Trained, source: Source, extraction: Extraction, name: str, batch_size: int
-) -> _Training:
+def _on_crops(session: Session, settings: Trained, source: Source, extraction: Extraction, name: str) -> _Training:
     """Features of random crops, drawn anew in every epoch, by all processes."""
     inner, held_out = (indices.tolist() for indices in split(len(source), settings.seed))
     where = f"{folder_name(settings.data)}-train-held-out-{settings.seed}"
     judge = session.features(Subset(source, held_out), where, extraction)
-    crops = tuple(
-        Crops(
-            session.accelerator,
-            source,
-            indices,
-            session.encoder.size,
-            batch_size,
-            settings.seed,
-            settings.workers,
-        )
-        for indices in (inner, list(range(len(source))))
-    )
+    batch_size = min(settings.batch_size or usual_batch(len(source)), len(inner))
+    how = session.encoder.size, batch_size, settings.seed, settings.workers
+    crops = {
+        which: Crops(session.accelerator, source, indices, *how)
+        for which, indices in {"choice": inner, "all": list(range(len(source)))}.items()
+    }
     most, everything = (
-        CropFeatures(drawn, session.encoder, lambda *both: extraction.compute(*both)[name]) for drawn in crops
+        CropFeatures(drawn, session.encoder, lambda *both: extraction.compute(*both)[name]) for drawn in crops.values()
     )
-    return _Training(most, everything, judge[name], judge.labels, len(source), crops)
+    return _Training(most, everything, judge[name], judge.labels, len(source), batch_size, crops)
 
 
 def _best(

@@ -54,6 +54,7 @@ class Tsne(Judgement):
                 "images": features.indices[chosen].tolist(),
                 "classes": [features.classes[label] for label in labels.tolist()],
                 "coordinates": plane.tolist(),
+                "perplexity": possible_perplexity(self.perplexity, len(chosen)),
             }
             session.note(f"{picture}")
         session.write(results)
@@ -75,10 +76,18 @@ def some_classes(labels: Tensor, classes: int, per_class: int, seed: int) -> Ten
 
 def embed_in_plane(features: Tensor, perplexity: float, seed: int) -> np.ndarray:
     """(N, 2) coordinates by t-SNE of the directions of (N, D) features."""
-    n = len(features)
-    require(n >= 4, "evaluate.py tsne", f"{n} images", "four at least", "--per-class 50")
-    tsne = TSNE(perplexity=min(perplexity, (n - 1) / 3), init="pca", random_state=seed)
-    return tsne.fit_transform(F.normalize(features, dim=1).numpy())
+    n, directions, call = len(features), F.normalize(features, dim=1), "evaluate.py tsne"
+    require(n >= 4, call, f"{n} images", "four at least", "--per-class 50")
+    alike = (directions - directions[0]).abs().max() < 1e-6
+    given = f"embeddings of {n} images that are all the same"
+    require(not alike, call, given, "some that differ: this encoder sees nothing", "evaluate.py equivariance")
+    tsne = TSNE(perplexity=possible_perplexity(perplexity, n), init="pca", random_state=seed)
+    return tsne.fit_transform(directions.numpy())
+
+
+def possible_perplexity(perplexity: float, n: int) -> float:
+    """What was asked for, or a third of n images, as far as there are neighbours."""
+    return min(perplexity, (n - 1) / 3)
 
 
 def draw(path: Path, plane: np.ndarray, labels: Tensor, classes: Sequence[str], title: str) -> None:

@@ -40,7 +40,8 @@ def encode(encoder: nn.Module, groups: Sequence[Group], layers: Sequence[int] = 
 def _by_size(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     """Embeddings of crops; views of one size go through the encoder together."""
     views = [images for images in views if len(images)]
-    by_size = {size: [x for x in views if x.shape[-2:] == size] for size in {x.shape[-2:]: 0 for x in views}}
+    sizes = dict.fromkeys(x.shape[-2:] for x in views)  # in their order
+    by_size = {size: [x for x in views if x.shape[-2:] == size] for size in sizes}
     return [part for same in by_size.values() for part in encoder(torch.cat(same)).chunk(len(same))]
 
 

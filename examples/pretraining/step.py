@@ -45,7 +45,6 @@ class Step(nn.Module):
         self.heads = nn.ModuleList((heads or {}).values())
         self.weight = weight
         self.target = target
-        self.encoded = self.heads[0].encoded if heads else 0
 
     def forward(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Scalars: "loss", to go backward from; "base", "term" and diagnostics, detached."""
@@ -78,7 +77,7 @@ class Step(nn.Module):
 
     def _compare(self, features: Sequence[dict[int, Tensor]], views: Sequence[View]) -> Output:
         """Mean over layers."""
-        maps = features[: self.encoded]
+        maps = features[: self.heads[0].encoded]
         return _mean([head([m[k] for m in maps], views) for head, k in zip(self.heads, self.layers, strict=True)])
 
 

@@ -11,6 +11,7 @@ from data.batch import Group
 from torch import Tensor
 
 from ser_reg import SERError
+from ser_reg.objectives.base import FINITE, SQUARABLE
 
 from .batches import Batches
 from .optimizer import clip, set_rates
@@ -56,7 +57,7 @@ def _forward(run: Run, groups: list[Group], step: int) -> dict[str, Tensor]:
     try:
         scalars: dict[str, Tensor] = run.module(groups)
     except SERError as error:  # on CPUs a term itself finds out that features are no longer finite, or hardly so
-        if not any(words in error.given for words in ("NaN", "features up to")):
+        if error.expected not in (FINITE, SQUARABLE):
             raise
         raise _not_finite(f"{error.given} at step {step}", run.settings) from error
     return scalars

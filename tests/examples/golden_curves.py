@@ -1,16 +1,20 @@
 """Loss curves that were recorded once, and where a run leaves them.
 
 golden_curves.json has 20 steps of the tiny trainings of `pretraining_jobs` (seed 0), with the flags that follow theirs
-and what they ran on. Rounding differs with releases and processors and grows from step to step, so that the first steps
-are held closely and all of them loosely. On two processes each has batch statistics of its own.
+and what they ran on. Weights and images are NumPy's, as those of timm and torchvision differ between releases, and so do
+dropped paths, of which there are none. Rounding
+differs too and grows from step to step, so that the first steps are held closely and all of them loosely. On two
+processes each has batch statistics of its own.
 """
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-__all__ = ["COLUMNS", "CURVES", "FIRST", "curve_job", "differences"]
+__all__ = ["COLUMNS", "CURVES", "FIRST", "curve_job", "differences", "write_images"]
 
 CURVES = json.loads(Path(__file__).with_suffix(".json").read_text())["curves"]
 COLUMNS = ("loss", "base", "term")
@@ -18,10 +22,21 @@ FIRST, CLOSE, LOOSE = 3, 1e-5, 1e-2  # steps that are held closely; relative tol
 
 
 def curve_job(name, folder):
-    """The training of a curve."""
-    curve = CURVES[name]
-    flags = [*curve["flags"], "--steps", len(curve["loss"]), "--output-dir", folder]
-    return {"method": curve["method"], "flags": list(map(str, flags))}
+    """The training of a curve; its images are written to a folder beside the run's."""
+    curve, images = CURVES[name], folder.with_name("images of the recorded curves")
+    write_images(images)
+    flags = [*curve["flags"], "--steps", len(curve["loss"]), "--data", images, "--output-dir", folder]
+    return {"method": curve["method"], "flags": list(map(str, flags)), "own_weights": True}
+
+
+def write_images(folder):
+    """64 images of 64 pixels: coarse and fine noise, one upon the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng(0)
+    for i in range(64):
+        coarse, fine = (numbers.integers(0, 128, (side, side, 3), dtype=np.uint8) for side in (8, 32))
+        pixels = coarse.repeat(8, 0).repeat(8, 1) + fine.repeat(2, 0).repeat(2, 1)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
 
 
 def differences(found, golden):

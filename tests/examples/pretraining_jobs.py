@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -43,6 +45,7 @@ __all__ = [
     "lines",
     "parsed",
     "train_job",
+    "with_own_weights",
     "with_scaler",
     "without_batch_statistics",
 ]
@@ -77,6 +80,7 @@ def train_job(
     gradients: bool = False,
     stop_after: int | None = None,
     each_step: Callable[[Moment], None] | None = None,
+    own_weights: bool = False,
 ) -> None:
     """What ``python examples/METHOD.py`` does.
 
@@ -87,11 +91,14 @@ def train_job(
         gradients: write those of the first step down.
         stop_after: steps, of which the last is interrupted by SIGTERM.
         each_step: called ahead of each.
+        own_weights: begin with weights that are the same whatever the releases of torch and timm.
     """
     module, settings = importlib.import_module(method), parsed(method, flags)
 
     def build(settings: Settings) -> BaseMethod:
         made = module.build(settings)
+        if own_weights:
+            with_own_weights(made)
         if not batch_statistics:
             without_batch_statistics(made)
         if gradients:
@@ -135,6 +142,22 @@ def without_batch_statistics(module: nn.Module) -> nn.Module:
         else:
             without_batch_statistics(child)
     return module
+
+
+@torch.no_grad()
+def with_own_weights(method: nn.Module) -> None:
+    """Matrices from NumPy's numbers, by their names: what timm and torch draw differs between releases.
+
+    A momentum branch begins as the trained one does; what is built afterwards draws from a fresh seed.
+    """
+    for name, parameter in method.named_parameters():
+        trained = name.replace("target.", "encoder.", 1) if name.startswith("target.") else name.removeprefix("target_")
+        if parameter.ndim > 1 and not name.endswith("original0"):  # which are lengths of rows
+            numbers = np.random.default_rng(zlib.crc32(trained.encode())).standard_normal(tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(numbers / parameter[0].numel() ** 0.5))
+        elif name.endswith("bias"):
+            parameter.zero_()
+    torch.manual_seed(0)
 
 
 def _watch(method: nn.Module, name: str, call: Callable[[Moment], None]) -> None:

@@ -1,6 +1,7 @@
 """Accuracy of frozen features: k-NN against scikit-learn's, and classifiers that find what is there and no more."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from evaluation import accuracy  # noqa: E402
 from evaluation.classifiers import CachedBatches, choose_rate, fit, predict, split, top  # noqa: E402
 from evaluation.linear import linear  # noqa: E402
 from evaluation.mlp import mlp  # noqa: E402
+from evaluation.trained import judged  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 
 from ser_reg import SERError  # noqa: E402
@@ -119,3 +121,67 @@ def test_held_out_images_are_no_training_images():
 def test_top_counts_the_best_scores():
     scores, labels = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]]), torch.tensor([1, 2, 2])
     assert [top(scores, labels, k) for k in (1, 2, 5)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_five_guesses_are_not_one():
+    said, scores, labels = [], torch.randn(210, 7), torch.arange(210) % 7
+    session = SimpleNamespace(call="evaluate.py linear", note=said.append, settings=SimpleNamespace(name="linear"))
+    found = judged(session, scores, labels)
+    better = (scores > scores.gather(1, labels[:, None])).sum(1)
+    assert found == {"top1": (better < 1).double().mean().item(), "top5": (better < 5).double().mean().item()}
+    assert said == [f"linear: top-1 {100 * found['top1']:.2f} %, top-5 {100 * found['top5']:.2f} % of 210 test images"]
+    assert judged(session, scores[:, :5], labels % 5)["top5"] is None  # any five of five are right
+    assert "top-5" not in said[1]
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    x = torch.arange(40.0)[:, None]
+    make = CachedBatches(x, torch.zeros(40, dtype=torch.long), 8, 0, CPU)
+    epochs = [torch.cat([features[:, 0] for features, _ in make(epoch)]) for epoch in range(4)]
+    for order in epochs:
+        assert torch.equal(order.sort().values, x[:, 0])  # each image once
+        assert sum(torch.equal(order, other) for other in epochs) == 1
+        assert not torch.equal(order, x[:, 0])
+    assert torch.equal(epochs[1], torch.cat([features[:, 0] for features, _ in make(1)]))  # to go on from
+    other = CachedBatches(x, torch.zeros(40, dtype=torch.long), 8, 1, CPU)
+    assert not torch.equal(epochs[0], torch.cat([features[:, 0] for features, _ in other(0)]))
+
+
+class Watched(torch.optim.SGD):
+    """Notes the rate of each step."""
+
+    def __init__(self, parameters, rate):
+        super().__init__(parameters, rate, momentum=0.9)
+        self.rates = []
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def test_rates_fall_along_half_a_cosine():
+    seen = []
+
+    def watched(parameters, rate):
+        seen.append(Watched(parameters, rate))
+        return seen[-1]
+
+    x, y = clouds(50)
+    fit(linear()._replace(optimizer=watched), 12, 4, [0.5, 2.0], batches(x, y, 10), 4, 0, CPU)
+    for optimizer, highest in zip(seen, (0.5, 2.0), strict=True):
+        rates = torch.tensor(optimizer.rates, dtype=torch.float64)
+        assert len(rates) == 20
+        assert rates[0] == highest
+        assert (rates.diff() < 0).all()
+        torch.testing.assert_close(rates[1:] + rates[1:].flip(0), torch.full_like(rates[1:], highest))  # odd about half
+        torch.testing.assert_close(rates[5], rates.new_tensor(highest * (1 + math.cos(math.pi / 4)) / 2))
+
+
+def test_nearest_neighbours_at_any_temperature():
+    draw = torch.Generator().manual_seed(0)
+    train, test = torch.randn(200, 6, generator=draw), torch.randn(90, 6, generator=draw)
+    sets = train, train.argmax(1), test, test.argmax(1)
+    nearest = accuracy.knn_accuracy(*sets, k=1)
+    assert nearest < 1
+    for temperature in (1e-3, 1e-5):  # exp(1 / 1e-3) is no float32
+        assert accuracy.knn_accuracy(*sets, k=20, temperature=temperature) == nearest

@@ -1,9 +1,12 @@
 """The encoder that is judged: [CLS] joins where it did in training, sizes that it takes."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from encoder_to_judge import LATE, TINY
+from PIL import Image
+from timm.data import create_transform
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)
@@ -57,3 +60,27 @@ def test_sizes_that_the_model_does_not_take_are_refused(exported):
     assert encoder.wrap(static, "mine").size == 32
     with pytest.raises(SERError, match="32 x 32 pixels, the only size"):
         encoder.wrap(static, "mine", 40)
+
+
+def test_images_are_normalised_as_timm_does(exported):
+    made = encoder.load(str(exported))._replace(mean=(0.2, 0.5, 0.7), std=(0.1, 0.25, 0.5))
+    image = Image.effect_noise((32, 32), 80).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    theirs = create_transform((3, 32, 32), mean=made.mean, std=made.std, crop_pct=1.0)
+    torch.testing.assert_close(made.normalise(pixels[None])[0], theirs(image))
+    shades = torch.tensor([made.mean, [m + s for m, s in zip(made.mean, made.std, strict=True)]]) * 255
+    normalised = made.normalise(shades.view(2, 3, 1, 1))
+    torch.testing.assert_close(normalised.flatten(1), torch.tensor([[0.0] * 3, [1.0] * 3]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (timm.create_model("vit_tiny_patch16_224", **TINY, in_chans=1), "a model for images of 1 channels"),
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8)), "RuntimeError: mat1 and mat2 shapes"),
+        (torch.nn.Conv2d(3, 4, 3), r"features of shape \(1, 4, 30, 30\)"),
+    ],
+)
+def test_models_that_embed_no_image_are_refused_before_any_is_read(model, given):
+    with pytest.raises(SERError, match=f"--model mine\n  given:    {given}"):
+        encoder.wrap(model, "mine", 32)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_to_judge import TINY, picture
+from pictures_on_disk import Pictures
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
     pytest.importorskip(package)
@@ -14,9 +15,10 @@ for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torch
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from data import Subset, open_source  # noqa: E402
+from data.recipe import evaluation_transform  # noqa: E402
 from evaluation import encoder, features  # noqa: E402
 
-from ser_reg import SERError, export_timm, late_cls, load_encoder  # noqa: E402
+from ser_reg import IMAGENET, SERError, export_timm, late_cls, load_encoder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,37 @@ def test_cached_features_of_something_else_are_refused(exported, folder, tmp_pat
     with pytest.raises(SERError, match="a whole file") as error:
         extracted(exported, source, tmp_path)
     assert error.value.remedy == f"rm '{path}'"
+
+
+def test_mended_images_are_read_again(exported, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 10)
+    shutil.copytree(folder, tmp_path / "data")
+    broken, cache = tmp_path / "data" / "val" / "red" / "broken.jpg", tmp_path / "cache"
+    made = open_source(str(tmp_path / "data"), "val")
+    assert len(extracted(exported, made, cache).labels) == 24
+    times = {path.name: path.stat().st_mtime_ns for path in (cache / "last2").iterdir()}
+    shutil.copy(folder / "val" / "red" / "00.png", broken)
+    found = extracted(exported, made, cache)
+    assert not found.unreadable
+    assert len(found["cls"]) == len(found.labels) == 25
+    again = {path.name for path in (cache / "last2").iterdir() if path.stat().st_mtime_ns != times[path.name]}
+    assert again == {"00001.safetensors"}  # the file that it belongs to, and no other
+
+
+def test_embeddings_are_of_the_normalised_pixels_of_all_batches():
+    class Flat(torch.nn.Flatten):
+        """An encoder that passes on what it is given."""
+
+    source = Pictures(n=300, broken=(7,))  # more than are read or embedded at a time
+    with pytest.warns(UserWarning, match="picture 7"):
+        found, labels = features.embeddings(Flat(), source, 16, Accelerator(cpu=True), 0)
+    assert torch.equal(labels, torch.tensor([i % 2 for i in range(300) if i != 7]))
+    expected = torch.stack([evaluation_transform(16)(source.image(i)) for i in range(300) if i != 7])
+    stored, unreadable = features.read(source, 16, 0)
+    assert torch.equal(stored, expected)
+    assert [name for name, _ in unreadable] == ["picture 7"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    torch.testing.assert_close((found.view(-1, 3, 16, 16) * std + mean) * 255, expected.float())
 
 
 def test_features_that_are_no_numbers_are_refused(exported, folder, tmp_path):

@@ -37,6 +37,15 @@ def test_probes_read_what_is_there():
     assert found["flip"][1] < 0.7
 
 
+def test_probes_are_not_trained_on_what_judges_them():
+    # Of noise with more channels than images any labels can be learnt by heart, and none be known.
+    sets = [sets_of(lambda n, number: torch.randn(n, 600), 80) for _ in range(2)]
+    by_heart, found = probe.accuracy_by_layer(sets[0], sets[0], [1]), probe.accuracy_by_layer(*sets, [1])
+    for task, elements in probe.TASKS.items():
+        assert by_heart[task][1] == 1
+        assert found[task][1] < 1 / len(elements) + 0.2
+
+
 def test_layers_are_parts_of_the_depth(exported):
     made = encoder.load(str(exported))
     assert probe.layers_of(made, ()) == [1, 2, 3, 4]

@@ -13,15 +13,30 @@ from evaluation.shift import ClassFolders, shifted_accuracies  # noqa: E402
 from ser_reg import SERError  # noqa: E402
 
 
-def test_choice_is_among_the_classes_that_occur():
-    layer = torch.nn.Linear(3, 3, bias=False)
+def unchanged(classes):
+    """A classifier whose scores are its features."""
+    layer = torch.nn.Linear(classes, classes, bias=False)
     torch.nn.init.eye_(layer.weight)
+    return layer
+
+
+def test_choice_is_among_the_classes_that_occur():
     x, labels = torch.tensor([[2.0, 9, 1], [1, 9, 2], [3, 9, 1]]), torch.tensor([0, 2, 2])
-    found = shifted_accuracies(layer, x, labels)
+    found = shifted_accuracies(unchanged(3), x, labels)
     assert (found["classes"], found["images"]) == (2, 3)
     assert found["top1"] == pytest.approx(2 / 3)
     assert found["top1_among_all"] == 0
-    assert found["top5_among_all"] == 1
+    assert found["top5"] is found["top5_among_all"] is None  # any five of three are right
+
+
+def test_five_guesses_are_not_one():
+    x, labels = torch.randn(120, 8), torch.arange(120) % 6
+    x[:, 6:] += 10  # two classes that do not occur, always thought of first
+    found = shifted_accuracies(unchanged(8), x, labels)
+    better = [int((row[:6] > row[label]).sum()) for row, label in zip(x, labels, strict=True)]
+    for name, most in {"top1": 1, "top5": 5, "top5_among_all": 3}.items():
+        assert found[name] == sum(n < most for n in better) / 120, name
+    assert 0 == found["top1_among_all"] < found["top1"] < found["top5_among_all"] < found["top5"] < 1
 
 
 def test_class_folders(tmp_path):

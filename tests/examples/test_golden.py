@@ -22,8 +22,8 @@ ONE = [name for name, curve in CURVES.items() if curve["processes"] == 1]
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ONE])
 def test_one_process_draws_the_recorded_curve(tmp_path, name):
-    train_job(**curve_job(name, tmp_path))
-    assert not differences(lines(tmp_path), CURVES[name])
+    train_job(**curve_job(name, tmp_path / "run"))
+    assert not differences(lines(tmp_path / "run"), CURVES[name])
 
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 1 + 1e-4), (FIRST - 1, 1 - 1e-4), (FIRST, 1.05), (-1, 0.95)])

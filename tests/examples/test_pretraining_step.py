@@ -9,7 +9,9 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 
+from data.batch import Group
 from pretraining.run import build_step, synchronise
+from pretraining.step import spread
 from pretraining_jobs import METHODS, lines, parsed, train_job
 from tiny_batches import batches
 
@@ -123,6 +125,37 @@ def test_embeddings_of_all_views_are_those_of_the_encoder_alone():
         close(found, torch.cat([vit(whole), vit(crop)]), rtol=1e-4, atol=1e-5)
     assert out.trained.features[0] == [{}] * 6  # crops were not recorded: nothing could be compared
     assert [list(maps) for maps in out.trained.features[1]] == [[2]] * 6
+
+
+def test_a_process_without_whole_images_runs_the_forwards_of_the_others_and_keeps_nothing():
+    """A sharded encoder waits for them."""
+    step, (b1, b2) = tiny_step("moco_v3", ["--term.target", "momentum"])
+    empty = Group([x[:0] for x in b2.images], [g[:0] for g in b2.relations])
+    sizes = {}
+    for groups in ([b1, b2], [b1, empty]):
+        seen = sizes[len(groups[1].images[0])] = []
+        handles = [
+            vit.register_forward_pre_hook(lambda vit, args, seen=seen: seen.append(tuple(args[0].shape)))
+            for vit in (step.method.encoder, step.method.target)
+        ]
+        out = step.method(groups, step._encode)
+        for handle in handles:
+            handle.remove()
+    with_b2, without = sizes.values()
+    assert without == [(1, *shape[1:]) if shape[0] == len(b2.images[0]) else shape for shape in with_b2]
+    assert (1, *b2.images[0].shape[1:]) in without
+    assert [len(e) for e in out.trained.embeddings] == [len(b1.images[0])] * 2
+    grids = [(x.shape[-2] // 4, x.shape[-1] // 4) for x in b2.images]
+    for side in (out.trained, out.momentum):
+        assert [maps[2].shape for maps in side.features[1]] == [(0, 24, *grid) for grid in grids]
+
+
+def test_spread_is_one_for_directions_over_all_dimensions_and_zero_for_one():
+    axes = torch.cat([torch.eye(3), -torch.eye(3)])
+    assert spread(axes) == pytest.approx(1)
+    assert spread(axes * torch.tensor([1.0, 5, 0.1, 7, 2, 1])[:, None]) == pytest.approx(1)  # lengths count for nothing
+    assert spread(torch.tensor([[1.0, 0, 2]]) * torch.tensor([[1.0], [3.0], [0.5]])) == pytest.approx(0, abs=1e-3)
+    assert spread(torch.tensor([[1.0, 0], [0, 1.0]])) == pytest.approx(0.5**0.5)
 
 
 def test_local_views_never_go_through_the_momentum_encoder():

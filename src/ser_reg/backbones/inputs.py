@@ -19,7 +19,10 @@ FAR = 20.0  # no normalisation in use gives such values for pixels of [0, 1]
 
 def first_convolution(module: nn.Module) -> nn.Conv2d | None:
     """The first convolution inside a module, which may be that module."""
-    return next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    for part in module.modules():  # no next(..., None): torch.compile of torch 2.6 cannot trace that
+        if isinstance(part, nn.Conv2d):
+            return part
+    return None
 
 
 def check_tensor(call: str, images: Any, embedding: nn.Module, channels: int) -> None:

@@ -19,8 +19,10 @@ from ..errors import SERError, require
 from ..losses.ntxent import largest_square, largest_value
 from ..views.view import View
 
-__all__ = ["Objective", "Output", "check_numbers", "check_size", "matching"]
+__all__ = ["FINITE", "SQUARABLE", "Objective", "Output", "check_numbers", "check_size", "matching"]
 
+# What is expected of features while a training goes well; one that does not can be told by these words.
+FINITE, SQUARABLE = "finite features", "numbers that can be squared"
 FIRST_CALLS = 3  # in which ranks compare their parameters: a difference shows at once, and later calls cost nothing
 
 
@@ -196,9 +198,9 @@ def check_numbers(call: str, features: Sequence[Tensor]) -> None:
     largest = [largest_value(z) for z in features]
     bad = [str(i) for i, value in enumerate(largest, start=1) if not value < math.inf]
     given = f"NaN or infinity in the features of view {' and '.join(bad)}"
-    require(not bad, call, given, "finite features", "torch.autograd.set_detect_anomaly(True)")
+    require(not bad, call, given, FINITE, "torch.autograd.set_detect_anomaly(True)")
     given, remedy = f"features up to {max(largest):.1e}", "torch.nn.functional.layer_norm(z, z.shape[1:])"
-    require(max(largest) <= largest_square(features[0]), call, given, "numbers that can be squared", remedy)
+    require(max(largest) <= largest_square(features[0]), call, given, SQUARABLE, remedy)
 
 
 def check_size(call: str, name: str, value: object, remedy: str) -> None:

@@ -438,6 +438,7 @@ class TestFarPixels:
     def test_no_value_is_read_where_there_is_none(self) -> None:
         net, images = small("vit"), 255 * torch.rand(2, 3, 64, 96)
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
             warnings.filterwarnings("error", "images with values")
             torch.func.vmap(lambda x: patch_tokens(net, x[None], 2))(images)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
