@@ -1,10 +1,9 @@
 """Loss curves that were recorded once, and where a run leaves them.
 
 golden_curves.json has 20 steps of the tiny trainings of `pretraining_jobs` (seed 0), with the flags that follow theirs
-and what they ran on. Weights and images are NumPy's, as those of timm and torchvision differ between releases, and so do
-dropped paths, of which there are none. Rounding
-differs too and grows from step to step, so that the first steps are held closely and all of them loosely. On two
-processes each has batch statistics of its own.
+and what they ran on. Weights and images are NumPy's and no path is dropped, as what timm, torchvision and torch draw
+differs between releases. Rounding differs too and grows from step to step, so that the first steps are held closely
+and all of them loosely. On two processes each has batch statistics of its own.
 """
 
 import json

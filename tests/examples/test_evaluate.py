@@ -21,6 +21,7 @@ for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torch
 import evaluate  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from evaluation import tsne  # noqa: E402
+from evaluation.crops import Crops  # noqa: E402
 
 from ser_reg import SERError, export_timm, late_cls, load_encoder  # noqa: E402
 
@@ -311,6 +312,30 @@ def test_unreadable_images_of_a_finished_training_stay_known(exported, folder, t
         assert again["unreadable"] == first["unreadable"]
         assert again["results"] == first["results"]
         assert first["results"]["train_images"] == 59
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_classifier_on_crops_goes_on_where_it_was_stopped(exported, folder, tmp_path, monkeypatch, stop):
+    flags = ("linear", exported, folder, tmp_path / "stopped", "--augment", "--epochs", 2, "--base-rates", 1, 3)
+    epochs, draw = [], Crops.__call__
+
+    def interrupted(self, epoch):
+        epochs.append(epoch)
+        for number, batch in enumerate(draw(self, epoch)):
+            if len(epochs) == stop + 1 and number == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Crops, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            judge(*flags)
+        assert not list((tmp_path / "stopped").glob("*.json"))
+        found = judge(*flags)["results"]
+    assert epochs == [*[0, 1, 0, 1][: stop + 1], *[0, 1, 0, 1][stop:]]  # of the choice, then of all; one is done anew
+    assert found == judge(*flags[:3], tmp_path / "whole", *flags[4:])["results"]
+    one, other = (load_file(tmp_path / name / "linear.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_progress_of_another_training_is_refused(exported, folder, tmp_path):

@@ -109,7 +109,8 @@ class Objective(nn.Module):
                 or, on a CPU, such that are not finite. In a distributed run it is raised on every rank.
         """
         call = f"{type(self).__name__}(...)(features, views)"
-        device = next((z.device for z in features if isinstance(z, Tensor)), torch.device("cpu"))
+        # Here and below no next(..., default): torch.compile of torch 2.6 cannot trace that.
+        device = [*(z.device for z in features if isinstance(z, Tensor)), torch.device("cpu")][0]
         # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
         with torch.autocast(device.type, enabled=False):
             _, world_size = rank_and_world_size(group)
@@ -153,7 +154,7 @@ class Objective(nn.Module):
             "features of the encoder, not detached: else the term trains its own heads alone",
             "term.eval()  # or, to train, patch_tokens(vit, view.images, layer=3) outside torch.no_grad()",
         )
-        weight = next(self.parameters(), z1)
+        weight = [*self.parameters(), z1][0]
         require(
             all(z.device == weight.device for z in features),
             call,

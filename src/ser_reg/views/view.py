@@ -66,4 +66,4 @@ def relation(view1: View, view2: View) -> GroupElement:
             "two views, as makers give them",
             "view1, view2 = EquivariantViews(patch_size=16)(images)",
         )
-    return view2.relation @ ~view1.relation
+    return view2.relation @ view1.relation.__invert__()  # torch.compile of torch 2.6 cannot trace ~
