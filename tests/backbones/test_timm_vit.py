@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from timm_zoo import DEPTH, LAYER, ZOO, direct, embed, hybrid, model, named, original, photos, some, zoo
 from torch import Tensor, nn
 
-from ser_reg.backbones import backbone, late_cls, patch_tokens
+from ser_reg.backbones import TokenTap, backbone, late_cls, patch_tokens
 from ser_reg.errors import SERError
 
 
@@ -90,6 +90,24 @@ class TestPositions:
         known = backbone(original(name))
         assert [kind.split()[0] for kind in known.position_coding()] == kinds
         assert known.positions is original(name).pos_embed
+
+    @pytest.mark.parametrize("ask", [backbone, lambda vit: late_cls(vit, 1), lambda vit: TokenTap(vit, 1)])
+    def test_a_class_token_and_no_positions(self, ask: Any) -> None:
+        """What an old timm runs wrongly is refused, by whatever is asked first; a new one runs it as it should."""
+        vit = named("vit_tiny_patch16_224", pos_embed="none")().eval()
+        inputs: list[Tensor] = []
+        vit.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        vit(photos())
+        if inputs[0].shape[1] == 17:
+            ask(vit)
+            assert torch.equal(inputs[0][:, :1], vit.cls_token.expand(2, -1, -1))
+            assert torch.equal(patch_tokens(vit, photos(), 0).flatten(2).mT, inputs[0][:, 1:])
+        else:
+            assert inputs[0].shape[1] == 16
+            with pytest.raises(SERError, match=r'a ViT without positions but with \[CLS\](.|\n)*pip install "timm>='):
+                ask(vit)
+        pooled = named("vit_tiny_patch16_224", pos_embed="none", class_token=False, global_pool="avg")()
+        assert patch_tokens(pooled, photos(), LAYER).shape == (2, 32, 4, 4)
 
     @some
     def test_without_them_any_order_of_patches_is_alike(self, name: str) -> None:

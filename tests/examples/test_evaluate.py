@@ -369,11 +369,6 @@ def test_one_class_is_refused(exported, folder, tmp_path):
         judge("knn", exported, tmp_path / "data", tmp_path / "out")
 
 
-def run(*command):
-    done = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=done)
-
-
 def test_command_line_errors_are_messages_not_tracebacks(exported, tmp_path, monkeypatch):
     flags = ("--model", exported, "--data", tmp_path / "nowhere", "--output-dir", tmp_path / "out", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "knn", *map(str, flags)])
@@ -381,18 +376,41 @@ def test_command_line_errors_are_messages_not_tracebacks(exported, tmp_path, mon
         runpy.run_path(str(EXAMPLES / "evaluate.py"), run_name="__main__")
 
 
+# What torchrun does, but that Python and torch start once: two processes with the variables that it sets.
+BOTH = """
+import multiprocessing, os, socket, sys
+sys.path.insert(0, sys.argv[1])
+import evaluate, torch
+from accelerate import PartialState
+from evaluation import features
+
+def work(rank, port):
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in here.items()})
+    torch.set_num_threads(1)
+    features.CHUNK = 16  # so that each process has files of its own to write
+    for judgement, flags in JUDGEMENTS:
+        evaluate.tyro.cli(judgement, args=[*sys.argv[2:], *flags]).run()
+    PartialState().destroy_process_group()
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+ranks = [multiprocessing.get_context("fork").Process(target=work, args=(rank, port)) for rank in (0, 1)]
+for rank in ranks:
+    rank.start()
+for rank in ranks:
+    rank.join()
+sys.exit(max(abs(rank.exitcode) for rank in ranks))
+"""
+
+
 def test_two_processes_give_what_one_gives(judged, exported, folder, tmp_path):
-    script = tmp_path / "both.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import evaluate, tyro\nfrom accelerate import PartialState\nfrom evaluation import features\n"
-        "features.CHUNK = 16  # so that each process has files of its own to write\n"
-        f"tyro.cli(evaluate.Knn, args=[*sys.argv[1:], *{[*map(str, QUICK['knn'])]}]).run()\n"
-        f"tyro.cli(evaluate.Finetune, args=[*sys.argv[1:], *{[*map(str, QUICK['finetune'])]}]).run()\n"
-        "PartialState().destroy_process_group()\n"
-    )
+    both = [f"(evaluate.{name.title()}, {[*map(str, QUICK[name])]})" for name in ("knn", "finetune")]
     flags = ["--model", exported, "--data", folder, "--output-dir", tmp_path, "--workers", 0, "--device", "cpu"]
-    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *flags)
+    command = [sys.executable, "-c", BOTH.replace("JUDGEMENTS", f"[{', '.join(both)}]"), EXAMPLES, *flags]
+    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for name in ("knn", "finetune"):
         two, one = json.loads((tmp_path / f"{name}.json").read_text()), judged[1][name]
@@ -413,7 +431,7 @@ def test_two_processes_give_what_one_gives(judged, exported, folder, tmp_path):
 
 def test_a_function_that_forgets_late_cls_is_refused(exported, folder, tmp_path, monkeypatch):
     (tmp_path / "forgetful.py").write_text(
-        f"import timm\ndef load():\n    return timm.create_model('local-dir:{exported}', pretrained=True)\n"
+        f"from plain_timm import plain_timm\ndef load():\n    return plain_timm('{exported}')\n"
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SERError, match=r"after 2, as .* was trained"):

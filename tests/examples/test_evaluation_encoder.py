@@ -6,6 +6,7 @@ import timm
 import torch
 from encoder_to_judge import LATE, TINY
 from PIL import Image
+from plain_timm import plain_timm
 from timm.data import create_transform
 
 for package in ("accelerate", "matplotlib", "rich", "skimage", "sklearn", "torchvision", "tyro"):
@@ -19,7 +20,7 @@ from ser_reg.backbones import backbone  # noqa: E402
 
 
 def test_late_cls_changes_the_features_and_is_refused_where_it_is_missing(exported):
-    right, plain = load_encoder(str(exported)), timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+    right, plain = load_encoder(str(exported)), plain_timm(exported).eval()
     assert (backbone(right).cls_layer, backbone(plain).cls_layer) == (LATE, 0)
     images = torch.randn(4, 3, 32, 32)
     assert (right(images) - plain(images)).abs().max() > 0.01

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 from ser_reg import SERError, equivariance_score, late_cls, patch_tokens
 from ser_reg.backbones import backbone
+from ser_reg.backbones.timm_vit import DROPS_PREFIX
 from ser_reg.report import report
 from ser_reg.report.photographs import whole
 
 ABSOLUTE, ROTARY = "absolute", "rotary"
+POOLED = {"class_token": False, "global_pool": "avg"}
 # name: arguments, position coding, left out
 ZOO = {
     "static": ({}, [ABSOLUTE], ["no scale score"]),
@@ -31,7 +33,7 @@ ZOO = {
     ),
     "dynamic": (DYNAMIC, [ABSOLUTE], []),
     "dynamic-rectangle": ({"img_size": (24, 40), **DYNAMIC}, [ABSOLUTE], ["no rotation probe"]),
-    "no-positions": ({"pos_embed": "none", **DYNAMIC}, [], []),
+    "no-positions": ({"pos_embed": "none", **DYNAMIC, **(POOLED if DROPS_PREFIX else {})}, [], []),
     "registers": ({"name": "vit_small_patch14_reg4_dinov2", **DYNAMIC}, [ABSOLUTE], []),
     "gap": ({"name": "vit_medium_patch16_gap_256", **DYNAMIC}, [ABSOLUTE], []),
     "siglip": ({"name": "vit_base_patch16_siglip_224", **DYNAMIC}, [ABSOLUTE], []),

@@ -120,6 +120,9 @@ class Backbone(ABC):
             SERError: the model does not take them, or they do not fill the grid (unless it was built to pad them).
         """
 
+    def check_model(self, call: str) -> None:  # noqa: B027  # most families have no such model
+        """Raise if the model is one of the family that its own package runs wrongly."""
+
     def check_mode(self, call: str) -> None:  # noqa: B027  # most families have no such mode
         """Raise if the model, as it is set now, would give maps with holes."""
 

@@ -28,7 +28,8 @@ def backbone(model: nn.Module, call: str = "backbone(model)") -> Backbone:
         call: what the user typed, for errors.
 
     Raises:
-        SERError: the model is of another family, or wrapped (DDP, torch.compile, ...).
+        SERError: the model is of another family, wrapped (DDP, torch.compile, ...), or one that the installed timm
+            runs wrongly.
 
     Example:
         >>> import timm
@@ -38,7 +39,9 @@ def backbone(model: nn.Module, call: str = "backbone(model)") -> Backbone:
     """
     for family in FAMILIES:
         if family.knows(model):
-            return family(model)
+            known = family(model)
+            known.check_model(call)
+            return known
     inner, path = model, "model"
     while isinstance(inner, nn.Module):
         name = next((name for name in ("_orig_mod", "module") if isinstance(getattr(inner, name, None), nn.Module)), "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from typing import Any, ClassVar, cast
 
+import timm
 import torch
 from timm.models import Eva, VisionTransformer, VisionTransformerDistilled
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 from ..errors import SERError, require
 from .timm_model import TimmModel
 
-__all__ = ["TimmViT"]
+__all__ = ["DROPS_PREFIX", "TimmViT"]
+
+# Whether this timm leaves out the prefix tokens of a ViT without positions, and takes its first patch for [CLS].
+DROPS_PREFIX = tuple(int(number) for number in re.findall(r"\d+", timm.__version__)[:3]) < (1, 0, 26)
 
 
 class TimmViT(TimmModel):
@@ -90,6 +95,11 @@ class TimmViT(TimmModel):
             raise SERError(call, given, f"sides that patches of {rows} x {columns} fill", remedy)
         grid: tuple[int, int] = embed.dynamic_feat_size((height, width))
         return grid
+
+    def check_model(self, call: str) -> None:
+        wrong = DROPS_PREFIX and isinstance(self.model, VisionTransformer) and self.positions is None and self.prefix
+        given, remedy = "a ViT without positions but with [CLS]", 'pip install "timm>=1.0.26"'
+        require(not wrong, call, given, f"one whose [CLS] timm {timm.__version__} does not leave out", remedy)
 
     def check_mode(self, call: str) -> None:
         dropout = self.model.patch_drop

@@ -66,7 +66,9 @@ def cls_layer_of(call: str, in_metadata: Any, in_config: Any, remedy: str) -> in
 
 
 def _check_format(call: str, version: Any, folder: Path, layer: Any) -> None:
-    again = f"vit = late_cls(timm.create_model('local-dir:{folder}', pretrained=True), {layer})  # and export it anew"
+    # Not pretrained=True: timm 1.0.20 cannot read safetensors so.
+    plain = f"timm.create_model('local-dir:{folder}', checkpoint_path='{folder / WEIGHTS}')"
+    again = f"vit = late_cls({plain}, {layer})  # and export it anew"
     require(
         str(version) == str(FORMAT),
         call,

@@ -54,15 +54,22 @@ class GroupElement:
         True
     """
 
-    def __init__(self, turns: Tensor, flip: Tensor, scale: Tensor) -> None:
-        self._check(turns, flip, scale)
+    def __init__(
+        self, turns: Tensor, flip: Tensor, scale: Tensor, *, _kind: tuple[bool, float, float] | None = None
+    ) -> None:
+        if _kind is None:
+            self._check(turns, flip, scale)
         self.turns = turns.remainder(4)
         self.flip = flip
         self.scale = scale
+        self.kinds: tuple[tuple[bool, float, float], ...]
+        if _kind is not None:  # of `_of_kind`, which torch.compile of torch 2.6 can trace in no other way
+            self.kinds = (_kind,)
+            return
         # What decides about grids, read once and kept on the host: whoever acts with the element waits for no GPU,
         # and torch.compile knows the grids of its graph. (turned by 90 or 270 degrees, factor of height, of width)
         kinds = zip((self.turns % 2 == 1).tolist(), *scale.T.tolist(), strict=True)
-        self.kinds: tuple[tuple[bool, float, float], ...] = tuple(sorted(set(kinds)))
+        self.kinds = tuple(sorted(set(kinds)))
         require(
             all(0 < side < math.inf for _, *sides in self.kinds for side in sides),
             "GroupElement(turns, flip, scale)",
@@ -224,9 +231,7 @@ class GroupElement:
         """Elements that lead to one known grid: no value is read, so that a compiler takes the law into its graph."""
         given, expected = f"factors {kind[1]:g} and {kind[2]:g}", "factors that are positive and finite"
         require(all(0 < side < math.inf for side in kind[1:]), "g @ h", given, expected, "GroupElement.identity(1)")
-        element = cls.__new__(cls)
-        element.turns, element.flip, element.scale, element.kinds = turns.remainder(4), flip, scale, (kind,)
-        return element
+        return cls(turns, flip, scale, _kind=kind)
 
     def __eq__(self, other: object) -> bool:
         """``g == h``: equal in every number, on whatever devices they are; see `allclose` for equal up to rounding."""

@@ -66,4 +66,5 @@ def relation(view1: View, view2: View) -> GroupElement:
             "two views, as makers give them",
             "view1, view2 = EquivariantViews(patch_size=16)(images)",
         )
-    return view2.relation @ view1.relation.__invert__()  # torch.compile of torch 2.6 cannot trace ~
+    # view2.relation @ ~view1.relation, as torch.compile of torch 2.6 can trace it
+    return view2.relation.__matmul__(view1.relation.__invert__())
