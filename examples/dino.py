@@ -24,7 +24,7 @@ from data.recipe import BICUBIC, Recipe
 from data.recipe import recipes as standard_recipes
 from pretraining.base import BaseMethod, BaseOutput, Encode, global_views
 from pretraining.distributed import all_reduce
-from pretraining.encoder import build_encoder, momentum_copy
+from pretraining.encoder import build_encoder, follow, momentum_copy
 from pretraining.loop import main
 from pretraining.positive import require_positive
 from pretraining.schedules import Moment, cosine, ramp
@@ -190,12 +190,10 @@ class DINO(BaseMethod):
         """The teacher follows, with a momentum from its start along a cosine to 1."""
         self.follow(cosine(moment.progress, self.settings.momentum, 1.0))
 
-    @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the teacher towards the student."""
-        for slow, fast in ((self.target, self.encoder), (self.target_head, self.head)):
-            for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
-                target.lerp_(source, 1 - momentum)
+        follow(self.target, self.encoder, momentum)
+        follow(self.target_head, self.head, momentum)
 
 
 class DINOHead(nn.Module):

@@ -25,7 +25,7 @@ from data.recipe import BILINEAR, Recipe
 from data.recipe import recipes as standard_recipes
 from pretraining.base import BaseMethod, BaseOutput, Encode, global_views
 from pretraining.distributed import all_gather
-from pretraining.encoder import build_encoder, momentum_copy
+from pretraining.encoder import build_encoder, follow, momentum_copy
 from pretraining.loop import main
 from pretraining.positive import require_positive
 from pretraining.schedules import Moment, cosine
@@ -149,12 +149,10 @@ class MoCoV3(BaseMethod):
         """
         self.follow(cosine(moment.progress, self.momentum, 1.0))
 
-    @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the momentum branch towards the trained one."""
-        for slow, fast in ((self.target, self.encoder), (self.target_projector, self.projector)):
-            for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
-                target.lerp_(source, 1 - momentum)
+        follow(self.target, self.encoder, momentum)
+        follow(self.target_projector, self.projector, momentum)
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:

@@ -168,9 +168,9 @@ def test_what_is_not_there_says_so(tmp_path):
 
 
 def test_function_that_loads_an_export_with_plain_timm_is_refused(folder, tmp_path, monkeypatch):
-    load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    load = f"plain_timm('{folder}')"
     (tmp_path / "careless.py").write_text(
-        f"import timm, ser_reg\n\n\ndef plain():\n    return {load}\n\n\n"
+        f"import ser_reg\nfrom plain_timm import plain_timm\n\n\ndef plain():\n    return {load}\n\n\n"
         f"def right():\n    return ser_reg.late_cls({load}, 2)\n"
     )
     monkeypatch.chdir(tmp_path)

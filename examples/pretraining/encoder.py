@@ -23,6 +23,7 @@ __all__ = [
     "build_encoder",
     "fix_patch_projection",
     "fix_positions",
+    "follow",
     "momentum_copy",
     "trainable",
 ]
@@ -167,6 +168,13 @@ def momentum_copy(module: nn.Module) -> nn.Module:
         if isinstance(layer, DropPath):
             layer.drop_prob = 0.0
     return copy
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """Move the parameters of a momentum copy towards the trained ones; each keeps batch statistics of its own."""
+    for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
+        target.lerp_(source, 1 - momentum)
 
 
 def trainable(module: nn.Module) -> int:
