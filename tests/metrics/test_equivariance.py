@@ -47,14 +47,15 @@ def test_one_for_an_equivariant_network():
 
 
 def permuted(self, images, layers, call):
-    """The patches' mean colours as tokens, at random places that each call draws anew."""
+    """The patches' mean colours as tokens, at random places that each call draws anew for each image."""
     tokens = F.avg_pool2d(images, 4)
-    order = torch.randperm(tokens[0, 0].numel())
-    return {layer: tokens.flatten(2)[:, :, order].view_as(tokens) for layer in layers}
+    # One order for all images would keep some tokens in place by chance, in all images alike.
+    order = torch.rand(len(images), 1, tokens[0, 0].numel()).argsort(2).expand(-1, 3, -1)
+    return {layer: tokens.flatten(2).gather(2, order).view_as(tokens) for layer in layers}
 
 
 def test_falls_to_the_floor_when_tokens_lose_their_places(monkeypatch):
-    images = torch.randn(64, 3, 24, 24) + torch.randn(64, 3, 1, 1)  # of a colour each, which the raw reading sees
+    images = torch.randn(256, 3, 24, 24) + torch.randn(256, 3, 1, 1)  # of a colour each, which the raw reading sees
     before = equivariance_score(equivariant(), images, layers=[1])
     monkeypatch.setattr(TimmViT, "maps", permuted)
     after = equivariance_score(equivariant(), images, layers=[1])
