@@ -236,3 +236,12 @@ def test_errors_name_the_score(images, text):
     with pytest.raises(SERError) as error:
         equivariance_score(nn.Linear(3, 4), torch.randn(2, 3, 24, 24))
     assert error.value.call == "equivariance_score(model, images)"
+
+
+@pytest.mark.parametrize("patches", [1, 2, 6, 10])
+def test_scale_takes_away_and_adds_a_sixth_in_whole_patches(patches):
+    images = torch.zeros(2, 3, 4 * patches, 4 * (patches + 3))
+    smaller, larger = module.transformations(plain(dynamic_img_size=True), images)["scale"]
+    sizes = [[max(1, n + sign * max(1, round(n / 6))) for n in (patches, patches + 3)] for sign in (-1, 1)]
+    for g, size in zip((smaller, larger), sizes, strict=True):
+        assert g.output_size(tuple(images.shape[-2:])) == tuple(4 * n for n in size)

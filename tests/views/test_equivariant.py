@@ -107,7 +107,10 @@ def test_switches():
     view1, view2 = EquivariantViews(PATCH, scale=(1, 1), ratio=(1, 1), rotations=False, flips=False)(images)
     assert torch.equal(view1.images, images)
     assert relation(view1, view2) == GroupElement.identity(32)
-    assert repr(EquivariantViews()).startswith("EquivariantViews(patch_size=16, scale=(0.7, 1.3)")
+    assert repr(EquivariantViews()) == (
+        f"EquivariantViews(patch_size=16, scale=(0.7, 1.3), ratio=(0.75, {4 / 3}), rotations=True, flips=True, "
+        "photometric=None, normalize=None)"
+    )
 
 
 def test_generator_owns_the_randomness_even_of_the_photometric_part():
@@ -169,6 +172,8 @@ def test_no_image_still_has_a_grid():
         (lambda: EquivariantViews(rotations="no"), "rotations='no'"),
         (lambda: EquivariantViews(flips=1), "flips=1"),
         (lambda: EquivariantViews(normalize=IMAGENET)(255 * torch.rand(2, 3, 32, 32)), "make_views(images / 255)"),
+        (lambda: EquivariantViews(normalize=IMAGENET)(torch.full((2, 3, 32, 32), 2.1)), "from 2.1 to 2.1"),
+        (lambda: EquivariantViews(normalize=IMAGENET)(torch.full((2, 3, 32, 32), -1.1)), "from -1.1 to -1.1"),
         (lambda: EquivariantViews()([torch.rand(2, 3, 32, 32), torch.ones(2)]), "images[0]  # of (images, labels)"),
         (lambda: EquivariantViews()(torch.rand(2, 3, 32, 32).numpy()), "torch.from_numpy(images)"),
         (lambda: EquivariantViews()([Image.new("RGB", (32, 32))]), "to_tensor(image) for image in images"),
