@@ -210,12 +210,13 @@ def _complaint(call: str, z1: Tensor, z2: Tensor, temperature: float, chunk_size
         return wrong("tokens with features", "z1 = patch_tokens(vit, images, layer).flatten(2).mT")
     if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait
         for name, z in (("z1", z1.detach()), ("z2", z2.detach())):
-            if not largest_value(z) < math.inf:
+            largest = largest_value(z)
+            if not largest < math.inf:
                 bad = (~z.isfinite()).any(-1)
                 given = f"{name} with {int(bad.sum())} of {bad.numel()} tokens not finite"
                 return wrong("finite features", f"torch.isfinite({name}).all()  # and so on, upstream", given)
-            if largest_value(z) > largest_square(z):
-                given, expected = f"{name} with values up to {largest_value(z):.1e}", "numbers that can be squared"
+            if largest > largest_square(z):
+                given, expected = f"{name} with values up to {largest:.1e}", "numbers that can be squared"
                 return wrong(expected, f"torch.nn.functional.layer_norm({name}, {name}.shape[-1:])", given)
     return None
 
