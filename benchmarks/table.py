@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["FOLDERS", "tables"]
 
 RESULTS = Path(__file__).parent / "results"
-FOLDERS = sorted({path.parent for path in RESULTS.glob("*/act.json")})
+FOLDERS = sorted({path.parent for name in ("act", "pipeline") for path in RESULTS.glob(f"*/{name}.json")})
 Rows = list[dict[str, Any]]
 
 
@@ -102,14 +102,34 @@ def flops(rows: Rows) -> list[list[str]]:
 
 
 def pipeline(rows: Rows) -> list[list[str]]:
-    table = [["images per second (JPEG files of 500×375, two views of MoCo-v3 at 224 pixels)", ""]]
+    table = [
+        [
+            "JPEG files of 500×375, two views of MoCo-v3 at 224 pixels: images per second",
+            "before",
+            "now",
+            "now / before",
+        ]
+    ]
     for row in rows:
-        if row["kind"] == "pipeline":
-            table.append([f"input pipeline, {row['workers']} workers", spread(row["images_per_second"], 0)])
+        rates = row.get("images_per_second")
+        if row["kind"] in ("worker", "pipeline"):
+            name = "one worker: decode, crop, resize, flip (before: and the photometric part)"
+            if row["kind"] == "pipeline":
+                name = (
+                    f"ready for the model, photometric part included: {row['workers']} workers, {row['device'].upper()}"
+                )
+            times = [b / a for a, b in zip(rates["old"], rates["new"], strict=True)]
+            table.append([name, spread(rates["old"], 0), spread(rates["new"], 0), spread(times, 1)])
         elif row["kind"] == "model":
             name = f"ViT-S/16, forward and backward of both views, batch {row['batch']}, {row['device'].upper()}"
-            table.append([name, spread(row["images_per_second"], 1)])
+            table.append([name, "", spread(rates, 1), ""])
     return table
+
+
+def stages(rows: Rows) -> str:
+    """Milliseconds of one image, in a sentence."""
+    spent = next(row["milliseconds"] for row in rows if row["kind"] == "stages")
+    return f"Milliseconds an image: {'; '.join(f'{name} {value:.2f}' for name, value in spent.items())}."
 
 
 def tables(folder: Path) -> str:
@@ -121,12 +141,14 @@ def tables(folder: Path) -> str:
             head, *lines = make(json.loads(path.read_text())["rows"])
             rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
             texts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    if (folder / "loss.json").exists():
-        texts.append(exponent(json.loads((folder / "loss.json").read_text())["rows"]))
-    there = json.loads((folder / "act.json").read_text())["environment"]
+    for name, say in {"loss": exponent, "pipeline": stages}.items():
+        if (folder / f"{name}.json").exists():
+            texts.append(say(json.loads((folder / f"{name}.json").read_text())["rows"]))
+    there = json.loads(min(folder.glob("*.json")).read_text())["environment"]
+    trained = "; forward and backward, float32" if (folder / "act.json").exists() else ""
     texts.append(
         f"{there['hardware']}, {there['threads']} threads, python {there['python']}, torch {there['torch']}, timm "
-        f"{there['timm']}; forward and backward, float32; median (lowest–highest) of runs taken in turn."
+        f"{there['timm']}{trained}; median (lowest–highest) of runs taken in turn."
     )
     return "\n\n".join(texts)
 

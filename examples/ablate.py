@@ -44,7 +44,7 @@ class Settings:
     """The paper's ablations on the small preset."""
 
     ablation: tyro.conf.Positional[str]
-    """One of methods, layer, control, ratio, lambda, group, all-layers, cls; or all."""
+    """One of methods, layer, control, ratio, lambda, group, all-layers, cls, terms, crops, channels; or all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training of each variant for each."""
     flags: str = ""
@@ -99,8 +99,7 @@ def train_and_judge(settings: Settings, variant: Variant, seed: int) -> None:
         return
     _train(settings, variant, seed, [*flags, "--output-dir", str(folder)])
     run = read_run(folder)
-    chosen = run["settings"]
-    result = judge(folder, chosen["data"]["data"], chosen["encoder"]["image_size"], seed)
+    result = judge(folder, run["settings"], seed)
     kept = {"flags": flags, "environment": run["environment"], "steps": _steps(folder), "result": result}
     with atomically(found) as path:
         path.write_text(json.dumps(kept, indent=1))

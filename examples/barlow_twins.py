@@ -3,6 +3,7 @@
     python examples/barlow_twins.py                                        # minutes on a CPU, embedded photographs
     accelerate launch examples/barlow_twins.py --preset paper --data /data/imagenet
     python examples/barlow_twins.py ser --term.weight 0                    # the control, b2 kept (Table 5)
+    python examples/barlow_twins.py equimod --term.layer 3                 # another term: --help lists them
     python examples/barlow_twins.py none                                   # plain Barlow Twins
 
 Source of the base method: Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pretraining  # noqa: F401  (ahead of torch: how its threads wait)
 import torch
@@ -54,6 +56,8 @@ class MethodSettings:
 @dataclass(frozen=True)
 class BarlowSettings(Settings):
     """Pretrain a ViT with Barlow Twins, with an added term or without."""
+
+    suited: ClassVar[dict[str, dict[str, Any]]] = {"essl": {"weight": 8.0}}  # as its authors set it for this base
 
     method: tyro.conf.OmitArgPrefixes[MethodSettings] = field(default_factory=MethodSettings)
 

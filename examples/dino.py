@@ -3,6 +3,7 @@
     python examples/dino.py                                                # minutes on a CPU, embedded photographs
     accelerate launch examples/dino.py --preset paper --data /data/imagenet
     python examples/dino.py ser --term.weight 0                            # the control, b2 kept (Table 5)
+    python examples/dino.py equimod --term.layer 3                         # another term: --help lists them
     python examples/dino.py none                                           # plain DINO
 
 Source of the base method: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021

@@ -3,6 +3,7 @@
     python examples/moco_v3.py                                             # minutes on a CPU, embedded photographs
     accelerate launch examples/moco_v3.py --preset paper --data /data/imagenet
     python examples/moco_v3.py ser --term.weight 0                         # the control, b2 kept (Table 5)
+    python examples/moco_v3.py equimod --term.layer 3                      # another term: --help lists them
     python examples/moco_v3.py none                                        # plain MoCo-v3
 
 Source of the base method: Chen, Xie & He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV

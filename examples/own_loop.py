@@ -23,11 +23,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ser_reg import IMAGENET, EquivariantViews, SERLoss, equivariance_score, late_cls, partition_size, patch_tokens
+from ser_reg import (
+    IMAGENET,
+    EquivariantViews,
+    Photometric,
+    SERLoss,
+    equivariance_score,
+    late_cls,
+    partition_size,
+    patch_tokens,
+)
 from ser_reg.images import load_patches
 
 SIZE, PATCH = 96, 16  # pixels a side
-COLOURS = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]
+COLOURS = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(p=0.2)]  # of the crops
 
 
 class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -60,11 +69,6 @@ class SSLLoss(nn.Module):
         return F.cross_entropy(logits, other)
 
 
-def photometric(images: Tensor) -> Tensor:
-    """(SER) Colours drawn anew for each image: on a batch, torchvision draws once for all."""
-    return torch.stack([v2.Compose(COLOURS)(image) for image in images])
-
-
 def main(
     images: Path | None = None,
     epochs: int = 2,
@@ -90,7 +94,7 @@ def main(
 
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=SIZE, dynamic_img_size=True).to(device)
     late_cls(vit, layer)  # (SER) [CLS] joins after these blocks; the state_dict stays as it is
-    make_views = EquivariantViews(PATCH, photometric=photometric, normalize=IMAGENET)  # (SER)
+    make_views = EquivariantViews(PATCH, photometric=Photometric(blur=0), normalize=IMAGENET)  # (SER)
     ser, ssl = SERLoss(vit.embed_dim).to(device), SSLLoss(vit.embed_dim).to(device)
     n = partition_size(batch_size, ratio)  # (SER)
     parameters = [*vit.parameters(), *ssl.parameters(), *ser.parameters()]

@@ -16,7 +16,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,21 +32,21 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
-from ser_reg import EquivariantViews, SERError, SERLoss, TokenTap, equivariance_score, late_cls, partition_size
-from ser_reg.backbones import backbone, patch_tokens
+from ser_reg import SERError, SERLoss, TokenTap
+from ser_reg.backbones import backbone, late_cls, patch_tokens
 from ser_reg.errors import require
 from ser_reg.geometry import GroupElement, act
 from ser_reg.images import Patches, load_patches
+from ser_reg.metrics import equivariance_score, matching_score
 from ser_reg.records import atomically, environment
 from ser_reg.report.maps import colours
 from ser_reg.report.style import COLOURS, FLOOR, SCORE, STYLE, draw_line, marks
+from ser_reg.views import CroppedViews, EquivariantViews, Photometric, partition_size
 
 HIDDEN, OUT, TEMPERATURE = 512, 128, 0.2  # MoCo-v3's heads, 4096 and 256 wide in its paper, and its contrast
-normalise, jitter = v2.Normalize([0.5] * 3, [0.5] * 3), v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
 # MoCo-v3's photometric part, the same for crops and whole images. Blur is left out, as is usual below 64 pixels.
-PHOTOMETRIC = [v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2), v2.RandomSolarize(128 / 255, 0.1), normalise]
+COLOUR = {"photometric": Photometric(blur=0, solarize=0.1), "normalize": ([0.5] * 3, [0.5] * 3)}
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,9 @@ def cosine(progress: float, start: float, end: float) -> float:
     return end + 0.5 * (1 + math.cos(math.pi * progress)) * (start - end)
 
 
-def per_image(*transforms: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The transforms drawn anew for each image: on a batch, torchvision draws once for all."""
-    return lambda images: torch.stack([v2.Compose(transforms)(image) for image in images])
+def normalise(images: Tensor) -> Tensor:
+    """From [0, 1] to what the encoder takes."""
+    return (images - 0.5) / 0.5
 
 
 def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTransformer, dict[str, list[float]]]:
@@ -161,16 +160,16 @@ def train(settings: Settings, images: Tensor, weight: float) -> tuple[VisionTran
     progress = [max(0, step - warmup) / max(1, settings.steps - warmup) for step in range(settings.steps + 1)]
     rates = [min((step + 1) / warmup, cosine(done, 1.0, 0.0)) for step, done in enumerate(progress)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates.__getitem__)
-    crops = per_image(v2.RandomResizedCrop(settings.image_size, (0.2, 1)), v2.RandomHorizontalFlip(), *PHOTOMETRIC)
-    make_views = EquivariantViews(settings.patch_size, photometric=per_image(*PHOTOMETRIC))
+    make_views = EquivariantViews(settings.patch_size, **COLOUR)
+    make_crops = CroppedViews(settings.image_size, area=(0.2, 1), **COLOUR)
     n = partition_size(settings.batch_size, settings.ratio)
     torch.manual_seed(settings.seed + 1)  # both arms see the same from here on, whatever was built before
 
     log = []
     for step in track(range(settings.steps), f"MoCo-v3, λ = {weight:g}"):
-        batch = images[torch.randperm(len(images))[: settings.batch_size]]
-        views = [view.to(settings.device) for view in make_views(batch[-n:])]  # b2 whole; each knows how it was made
-        pair = [[crops(batch[:-n]).to(settings.device), view.images] for view in views]  # b1 is cropped
+        batch = images[torch.randperm(len(images))[: settings.batch_size]].to(settings.device)
+        views = make_views(batch[-n:])  # b2 whole; each view knows how it was made
+        pair = [[crop.images, view.images] for crop, view in zip(make_crops(batch[:-n]), views, strict=True)]
         embeddings, z = [], []
         for b1, b2 in pair:
             cropped = vit(b1)
@@ -212,11 +211,12 @@ def evaluate(name: str, vit: VisionTransformer, data: Patches, settings: Setting
     train, test = map(torch.cat, pairs)
     chosen = normalise(data.test[torch.randperm(len(test), generator=generator)[:480]]).to(settings.device)
     scores = equivariance_score(vit, chosen, generator=generator)
+    matching = matching_score(vit, chosen, generator=generator)
     found = accuracies(name, train, data.train_labels, test, data.test_labels)
-    for kind, layers in scores.items():
-        cells = [f"layer {i} {s['spatial']:.3f} (unrelated images {s['spatial_floor']:.2f})" for i, s in layers.items()]
-        print(f"  spatial, {kind}: {cells[settings.layer - 1]}, {cells[-1]}")
-    return {"accuracy": found, "equivariance": scores}
+    for kind, layers in matching.items():
+        cells = [f"layer {i} {s['top1']:.1%} (chance {s['chance']:.1%})" for i, s in layers.items()]
+        print(f"  tokens matched, {kind}: {cells[settings.layer - 1]}, {cells[-1]}")
+    return {"accuracy": found, "equivariance": scores, "matching": matching}
 
 
 @torch.no_grad()

@@ -10,9 +10,22 @@ __all__ = ["dense_ntxent", "literal_ntxent", "released_ntxent"]
 
 
 def literal_ntxent(
-    z1: Sequence[Tensor] | Tensor, z2: Sequence[Tensor] | Tensor, temperature: float = 0.3, symmetric: bool = True
+    z1: Sequence[Tensor] | Tensor,
+    z2: Sequence[Tensor] | Tensor,
+    temperature: float = 0.3,
+    symmetric: bool = True,
+    valid: Sequence[Tensor] | Tensor | None = None,
 ) -> Tensor:
-    """Anchor by anchor, candidate by candidate. An image is an (N, D) tensor; N may differ between images."""
+    """Anchor by anchor, candidate by candidate. An image is an (N, D) tensor; N may differ between images.
+
+    Of each image `valid` has N truth values: which tokens are there at all. Zero where there is nothing to tell apart.
+    """
+
+    def seen(i: int, j: int) -> bool:
+        return valid is None or bool(valid[i][j])
+
+    if sum(any(seen(i, j) for j in range(len(z1[i]))) for i in range(len(z1))) < 2:
+        return 0 * sum(z.nan_to_num().sum() for z in [*z1, *z2])
 
     def s(x: Tensor, y: Tensor) -> Tensor:
         return F.cosine_similarity(x, y, dim=0, eps=1e-12) / temperature
@@ -21,12 +34,14 @@ def literal_ntxent(
     for za, zb in ((z1, z2), (z2, z1)) if symmetric else ((z1, z2),):
         for i in range(len(za)):
             for j in range(len(za[i])):
+                if not seen(i, j):
+                    continue
                 positive = s(za[i][j], zb[i][j])
                 candidates = [positive]
                 for m in range(len(za)):
                     if m != i:
-                        candidates += [s(za[i][j], token) for token in za[m]]
-                        candidates += [s(za[i][j], token) for token in zb[m]]
+                        candidates += [s(za[i][j], token) for n, token in enumerate(za[m]) if seen(m, n)]
+                        candidates += [s(za[i][j], token) for n, token in enumerate(zb[m]) if seen(m, n)]
                 losses.append(torch.stack(candidates).logsumexp(0) - positive)
     return torch.stack(losses).mean()
 

@@ -5,19 +5,40 @@ import re
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ser_reg import recorded
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+class Crops(Dataset):
+    """Two crops of each image."""
+
+    def __init__(self, transform, images):
+        self.transform, self.images = transform, images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.transform(self.images[i])
+
+
 def stand_ins():
     """What the blocks take as given: the user's loader, loss and optimiser."""
     torch.manual_seed(0)
     x = torch.rand(2, 3, 224, 224)
+    transform = v2.Compose([v2.RandomResizedCrop(64, scale=(0.5, 1)), v2.RandomHorizontalFlip()])
     return {
         "make_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-        "my_colours": lambda images: images,
+        "my_transform": transform,
+        "my_ssl_loss_on": lambda z1, z2: (z1 - z2).square().mean(),
+        "crop_loader": DataLoader(Crops(recorded(transform), list(x)), batch_size=2),
+        "torch": torch,
         "batch_size": 2,
         "my_ssl_loss": lambda vit, x1, x2: (vit(x1) - vit(x2)).square().mean(),
         "loader": [(x, x[:, :, :96, :96], x[:, :, 96:192, :96])],

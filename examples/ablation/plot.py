@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ser_reg.report.style import COLOURS, GREY, STYLE
 
 from .table import Results, summary
-from .variants import Ablation
+from .variants import NOT_IN_PAPER, Ablation
 
 __all__ = ["draw"]
 
@@ -23,10 +23,16 @@ EQUIVARIANCE = {
     "flip": ("flip", COLOURS[3], "D"),
     "rotation": ("rotation", COLOURS[4], "o"),
 }
+MATCHING = {
+    "matching_flip": ("mirrored", COLOURS[3], "D"),
+    "matching_rotation": ("turned", COLOURS[4], "o"),
+}
 
 
 def draw(path: Path, ablation: Ablation, results: Results) -> None:
-    """Save the picture: accuracy and equivariance of each variant, and the trade-off between the two."""
+    """Save the picture: accuracy and equivariance (or matching, if the table has it) of each variant, and the trade-off
+    between the two."""
+    matched = "matching_rotation" in ablation.columns
     rows = [[summary(run) for run in results[variant.run].values()] for variant in ablation.variants]
     labels = [variant.label for variant in ablation.variants]
     with matplotlib.rc_context(STYLE):
@@ -34,11 +40,14 @@ def draw(path: Path, ablation: Ablation, results: Results) -> None:
         accuracy, equivariance, trade_off = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
         _strips(accuracy, rows, labels, ACCURACY, 100)
         accuracy.set_xlabel("held-out accuracy, %")
-        _strips(equivariance, rows, labels, EQUIVARIANCE, 1)
+        _strips(equivariance, rows, labels, MATCHING if matched else EQUIVARIANCE, 100 if matched else 1)
         equivariance.set_yticklabels([])
-        equivariance.set_xlabel("equivariance of the last layer's tokens (spatial)")
+        matching = "tokens of the last layer matched in the moved image, %"
+        equivariance.set_xlabel(matching if matched else "equivariance of the last layer's tokens (spatial)")
         _trade_off(trade_off, rows)
-        figure.suptitle(f"{ablation.title} ({ablation.source} of the paper, small preset, {len(rows[0])} seeds)")
+        source = f"{ablation.source} of the paper" if ablation.source != NOT_IN_PAPER else ablation.source
+        seeds = sorted({len(row) for row in rows})
+        figure.suptitle(f"{ablation.title} ({source}, small preset, {' or '.join(map(str, seeds))} seeds)")
         figure.savefig(path, dpi=130)
 
 

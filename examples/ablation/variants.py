@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ABLATIONS", "Ablation", "Variant"]
+__all__ = ["ABLATIONS", "NOT_IN_PAPER", "Ablation", "Variant"]
+
+
+NOT_IN_PAPER = "not in the paper"
+
+# Columns of a table: accuracy and equivariance scores, or accuracy and matching.
+SCORES = ("knn", "linear", "rotation", "flip", "scale", "rotation_excess", "rotation_raw")
+MATCHING = ("knn", "linear", "matching_rotation", "matching_flip", "near_rotation", "rotation", "flip")
+CHANNELS = (
+    *("knn", "linear", "own_rotation", "own_flip", "matching_rotation", "matching_flip"),
+    *("turn_early", "turn_last", "flip_early", "flip_last"),
+)
 
 
 class Variant(NamedTuple):
@@ -31,6 +42,8 @@ class Ablation(NamedTuple):
     variants: tuple[Variant, ...]
     note: str = ""
     """What differs from the paper's."""
+    columns: tuple[str, ...] = SCORES
+    """Of its table, names in `table.COLUMNS`."""
 
 
 PLAIN = Variant("MoCo-v3", "moco_v3--partition-ratio-0", "none", paper=68.44)
@@ -138,5 +151,58 @@ ABLATIONS: dict[str, Ablation] = {
             Variant("after 5", "moco_v3--cls-layer-5", "--cls-layer 5"),
         ),
         "SER at layer 2 throughout. The paper gives a curve, highest near the middle, without numbers.",
+    ),
+    "terms": Ablation(
+        "Which term, at which layer?",
+        "Table 6",
+        (
+            PLAIN,
+            FULL._replace(label="SER, layer 2"),
+            Variant("SER, layer 6", "moco_v3--layer-6", "ser --term.layer 6", paper=68.18),
+            *(
+                Variant(
+                    f"{name}, layer {layer}",
+                    f"moco_v3--{word}--layer-{layer}",
+                    f"{word} --term.layer {layer}",
+                    paper=paper,
+                )
+                for name, word, papers in (
+                    ("EquiMod", "equimod", (69.51, 68.95)),
+                    ("AugSelf", "augself", (68.23, 67.55)),
+                    ("E-SSL", "essl", (None, None)),
+                    ("STL", "stl", (None, None)),
+                    ("Reconstruction", "reconstruction", (None, None)),
+                )
+                for layer, paper in zip((2, 6), papers, strict=True)
+            ),
+        ),
+        "The paper's layers 3 and 12 of 12 stand beside 2 and 6 of 6. Each term with its own views and weight.",
+        MATCHING,
+    ),
+    "crops": Ablation(
+        "Whole images, or the crops that are there anyway?",
+        NOT_IN_PAPER,
+        (
+            PLAIN,
+            Variant("quarter turns as augmentation", "moco_v3--none--crop-turns", "none --crop-turns"),
+            CONTROL._replace(label="whole images, λ = 0"),
+            FULL._replace(label="SER on whole images"),
+            Variant("SER on whole images, crops turned", "moco_v3--crop-turns", "--crop-turns"),
+            Variant("SER on crops", "moco_v3--crops", "ser --term.crops"),
+            Variant("SER on turned crops", "moco_v3--crops--crop-turns", "ser --term.crops --crop-turns"),
+        ),
+        "Turns: each crop by 0 to 3 quarter turns, at random.",
+        MATCHING,
+    ),
+    "channels": Ablation(
+        "May channels turn as well?",
+        NOT_IN_PAPER,
+        (
+            PLAIN,
+            FULL._replace(label="SER, trivial channels"),
+            Variant("SER, regular channels", "moco_v3--channels-regular", "ser --term.channels regular"),
+        ),
+        "Matching with the term's own action at its layer, and with the plain one at the last.",
+        CHANNELS,
     ),
 }

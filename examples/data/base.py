@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from PIL import Image
 
-__all__ = ["Source", "Subset", "random_subset"]
+__all__ = ["Reduction", "Source", "Subset", "random_subset"]
+
+# Told an image's upright (width, height), it says by how much the image may be smaller: 1, 2, 4 or 8.
+Reduction = Callable[[tuple[int, int]], int]
 
 
 class Source(Protocol):
@@ -18,8 +22,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, i: int) -> Image.Image:
-        """Upright, RGB. Raises a SERError that names the image if it cannot be read."""
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        """Upright, RGB. Raises a SERError that names the image if it cannot be read.
+
+        Args:
+            i: which.
+            reduction: for `ser_reg.images.read_image`, which then decodes a JPEG scaled down; whoever reads no files
+                leaves it alone.
+        """
 
     def label(self, i: int) -> int:
         """Index into `classes`; -1 if the images have none."""
@@ -42,8 +52,8 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, i: int) -> Image.Image:
-        return self.source.image(self.indices[i])
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return self.source.image(self.indices[i], reduction)
 
     def label(self, i: int) -> int:
         return self.source.label(self.indices[i])

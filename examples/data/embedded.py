@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ser_reg.images import load_patches
 
+from .base import Reduction
+
 __all__ = ["EmbeddedPatches"]
 
 PATCH_SIZE = 64
@@ -31,7 +33,7 @@ class EmbeddedPatches:
     def __len__(self) -> int:
         return len(self._patches)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
         return Image.fromarray(self._patches[i])
 
     def label(self, i: int) -> int:

@@ -12,6 +12,8 @@ from torchvision.datasets.folder import make_dataset
 from ser_reg.errors import SERError, require
 from ser_reg.images import IMAGE_ENDINGS, read_image
 
+from .base import Reduction
+
 __all__ = ["ImageFolder", "is_image"]
 
 LAYOUT = "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg (without labels: FOLDER/*.jpg, to train on alone)"
@@ -50,8 +52,8 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def image(self, i: int) -> Image.Image:
-        return read_image(self.name(i))
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return read_image(self.name(i), reduction=reduction)
 
     def label(self, i: int) -> int:
         return int(self._labels[i])

@@ -12,6 +12,7 @@ from PIL import Image
 from ser_reg.errors import SERError, require
 from ser_reg.images import read_image
 
+from .base import Reduction
 from .patterns import files_of
 
 __all__ = ["HuggingFaceDataset"]
@@ -55,11 +56,11 @@ class HuggingFaceDataset:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
         cell = self._data[i][self._column] or {"bytes": b"", "path": None}
         file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         remedy = f"datasets.load_dataset({self._path!r}).filter(lambda row, i: i != {i}, with_indices=True)"
-        return read_image(file, self.name(i), remedy)
+        return read_image(file, self.name(i), remedy, reduction)
 
     def label(self, i: int) -> int:
         return int(self._labels[i])

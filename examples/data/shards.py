@@ -13,6 +13,7 @@ from PIL import Image
 from ser_reg.errors import SERError
 from ser_reg.images import IMAGE_ENDINGS, read_image
 
+from .base import Reduction
 from .patterns import files_of
 
 __all__ = ["Shards"]
@@ -59,13 +60,13 @@ class Shards:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
         shard, offset, size = self._spans[i].tolist()
         # Opened anew each time: cheap beside decoding, and there is nothing that forked workers could share.
         with open(self._files[shard], "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
-        return read_image(io.BytesIO(data), self.name(i), f"tar --list --file '{self._files[shard]}'")
+        return read_image(io.BytesIO(data), self.name(i), f"tar --list --file '{self._files[shard]}'", reduction)
 
     def label(self, i: int) -> int:
         return int(self._labels[i])

@@ -17,7 +17,7 @@ class Encoded(NamedTuple):
     """What an encoder made of groups of images."""
 
     embeddings: list[Tensor]
-    """(B, D) per view, of all groups' images; those of the last group (b2) first."""
+    """(B, D) per view, of all groups' images; those of the last group, which the term reads, first."""
     features: list[list[dict[int, Tensor]]]
     """By group, by view: maps (n, D, h, w) by layer, those that the added term wants."""
 
@@ -65,7 +65,8 @@ class BaseMethod(nn.Module):
         """The loss of all groups jointly.
 
         Args:
-            groups: images that are cropped (b1), then those that are seen whole (b2), if there are any.
+            groups: images that the term does not read, then those that it reads (seen whole if it wants such, else
+                cropped), or one of them alone.
             encode: to be called for the encoder and, without gradient, for the momentum encoder.
         """
         raise NotImplementedError

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
 
 from data.batch import Group, ViewDataset, collate
-from data.recipe import Recipe
 from data.sampler import PartitionSampler
 from torch.utils.data import DataLoader
 
 from ser_reg.backbones import backbone
 
+from .device_views import DeviceViews
 from .log import Unreadable
 from .run import Run
-from .views import DeviceViews
+from .views import extra_recipes, maker
 
 __all__ = ["Batches"]
 
@@ -24,33 +23,51 @@ class Batches:
     """One batch after another, a function of the seed and its number alone.
 
     Args:
-        run: whose settings and images.
-        recipes: of the global views, and of the local ones.
+        run: whose settings, recipes and images.
 
     Attributes:
+        groups: of the batch that came last.
         waited: seconds that were spent waiting for data, since `pop_waited` was called last.
         unreadable: images that could not be read.
     """
 
-    def __init__(self, run: Run, recipes: tuple[Sequence[Recipe], Sequence[Recipe]]) -> None:
+    def __init__(self, run: Run) -> None:
         settings, length, accelerator = run.settings, run.length, run.accelerator
-        rank, world_size = accelerator.process_index, accelerator.num_processes
+        policy, seed, device = settings.term.policy, settings.run.seed, accelerator.device
         self.number = run.done * settings.run.accumulate
-        last = length.steps * settings.run.accumulate
         sampler = PartitionSampler(
-            len(run.source), length.batch, length.whole, rank, world_size, settings.run.seed, self.number, last
+            len(run.source),
+            length.batch,
+            length.read,
+            accelerator.process_index,
+            accelerator.num_processes,
+            seed,
+            self.number,
+            last=length.steps * settings.run.accumulate,
+            paired=policy.paired,
         )
+        extra = extra_recipes(policy, run.recipes[0], settings.data)
         loader = DataLoader(
-            ViewDataset(run.source, *recipes),
+            ViewDataset(run.source, *run.recipes, extra, whole=policy.whole),
             batch_sampler=sampler,
             num_workers=settings.data.workers,
             collate_fn=collate,
             worker_init_fn=_outlive_stop_signal,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
-        maker = settings.views.maker(backbone(run.step.method.encoder).patch_size)
-        self.views = DeviceViews(maker, length.whole, settings.run.seed, rank, world_size, accelerator.device)
+        patch_size = backbone(run.step.method.encoder).patch_size
+        self.views = DeviceViews(
+            [recipe.photometric for recipe in (*run.recipes[0], *run.recipes[1])],
+            policy,
+            maker(settings.views, policy, patch_size, run.recipes[0], extra),
+            (length.batch, length.read),
+            seed,
+            device,
+            settings.views.crop_turns,
+            extra[0].photometric if extra else None,
+        )
         self.batches = iter(loader)
+        self.groups: list[Group] = []
         self.unreadable = Unreadable(settings.run.output_dir)
         self.waited = 0.0
 
@@ -61,7 +78,8 @@ class Batches:
         self.waited += time.perf_counter() - start
         self.unreadable.note(batch.unreadable)
         self.number += 1
-        return self.views(batch, self.number - 1)
+        self.groups = self.views(batch, self.number - 1)
+        return self.groups
 
     def pop_waited(self) -> float:
         """Seconds of waiting since the last call."""

@@ -13,7 +13,7 @@ from ser_reg import TokenTap
 
 from .base import Encoded
 
-__all__ = ["encode"]
+__all__ = ["encode", "encode_views"]
 
 
 def encode(encoder: nn.Module, groups: Sequence[Group], layers: Sequence[int] = ()) -> Encoded:
@@ -21,43 +21,41 @@ def encode(encoder: nn.Module, groups: Sequence[Group], layers: Sequence[int] = 
 
     Args:
         encoder: images to (B, D) embeddings.
-        groups: with equally many views each; a group without images counts for nothing.
+        groups: with equally many views each.
         layers: of the maps.
     """
     embeddings, features = [], []
     for group in groups:
-        if group.relations is None:
-            found, maps = _by_size(encoder, group.images), [{} for _ in group.images]
-        else:
-            found, maps = _one_by_one(encoder, group.images, layers)
+        found, maps = encode_views(encoder, group.images, () if group.relations is None else layers)
         embeddings.append(found)
         features.append(maps)
-    present = [found for found in reversed(embeddings) if found]
-    joint = present[0] if len(present) == 1 else [torch.cat(same) for same in zip(*present, strict=True)]
+    joint = embeddings[0] if len(groups) == 1 else [torch.cat(same) for same in zip(*reversed(embeddings), strict=True)]
     return Encoded(joint, features)
 
 
-def _by_size(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """Embeddings of crops; views of one size go through the encoder together."""
-    views = [images for images in views if len(images)]
-    sizes = dict.fromkeys(x.shape[-2:] for x in views)  # in their order
-    by_size = {size: [x for x in views if x.shape[-2:] == size] for size in sizes}
-    return [part for same in by_size.values() for part in encoder(torch.cat(same)).chunk(len(same))]
-
-
-def _one_by_one(
-    encoder: nn.Module, views: Sequence[Tensor], layers: Sequence[int]
+def encode_views(
+    encoder: nn.Module, views: Sequence[Tensor], layers: Sequence[int] = ()
 ) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
-    """Embeddings and maps of views of which each has a size of its own.
+    """Embeddings and maps of views of the same images; views of one size go through the encoder together.
 
-    A view without images has both all the same, without rows: other processes have images, and a sharded encoder
+    Views without images have both all the same, without rows: other processes have images, and a sharded encoder
     waits for the forwards of all. One image then stands in, of which nothing is kept.
     """
-    embeddings, features = [], []
+    sizes = [tuple(x.shape[-2:]) for x in views]
+    embeddings: dict[int, Tensor] = {}
+    features: dict[int, dict[int, Tensor]] = {}
     with ExitStack() as stack:
         taps = {layer: stack.enter_context(TokenTap(encoder, layer)) for layer in layers}
-        for images in views:
+        for size in dict.fromkeys(sizes):  # in their order
+            which = [i for i, other in enumerate(sizes) if other == size]
+            images = torch.cat([views[i] for i in which])
             n = len(images)
-            embeddings.append(encoder(images if n else images.new_zeros(1, *images.shape[1:]))[:n])
-            features.append({layer: tap.tokens[:n] for layer, tap in taps.items()})
-    return embeddings, features
+            whole = encoder(images if n else images.new_zeros(1, *images.shape[1:]))[:n]
+            embeddings |= zip(which, _parts(whole, views, which), strict=True)
+            maps = {layer: _parts(tap.tokens[:n], views, which) for layer, tap in taps.items()}
+            features |= {i: {layer: parts[k] for layer, parts in maps.items()} for k, i in enumerate(which)}
+    return [embeddings[i] for i in range(len(views))], [features[i] for i in range(len(views))]
+
+
+def _parts(rows: Tensor, views: Sequence[Tensor], which: Sequence[int]) -> tuple[Tensor, ...]:
+    return rows.split([len(views[i]) for i in which])

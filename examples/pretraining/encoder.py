@@ -49,7 +49,7 @@ class EncoderSettings:
     """Whether the encoder takes images of any size: scaling and local views need it."""
     cls_layer: int | None = None
     """Blocks that run before [CLS] joins (Figure 3, right). By default as the layer of the added term, all but one at
-    most; 0 without b2."""
+    most; 0 without a term."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth, in the trained branch."""
     initialisation: Literal["timm", "moco"] = "timm"

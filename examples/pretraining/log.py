@@ -53,8 +53,8 @@ class Log:
     def collect(self) -> list[dict[str, Any]]:
         """The lines of the steps since the last time, averaged over processes; the same on all of them.
 
-        What the added term logs may be not a number on a process that cannot know it, having no images of b2. Such are
-        left out of the mean.
+        What the added term logs may be not a number on a process that cannot know it, having none of its images. Such
+        are left out of the mean.
         """
         names = list(self.tensors[0])
         table = torch.stack([torch.stack([scalars[name].float() for name in names]) for scalars in self.tensors])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from data.recipe import Recipe
 
 from ser_reg import SERError
 
@@ -19,14 +18,15 @@ from .batches import Batches
 from .export import export
 from .log import Log, progress_bar, summary
 from .monitor import Collapse, knn
+from .pictures import write_pictures
 from .run import Run, prepare
 from .settings import Settings, parse
 from .update import require_finite, update
+from .views import Recipes
 
 __all__ = ["main", "train"]
 
 S = TypeVar("S", bound=Settings)
-Recipes = tuple[Sequence[Recipe], Sequence[Recipe]]  # of global views and of local ones
 
 
 def main(
@@ -46,7 +46,7 @@ def train(name: str, settings: S, build: Callable[[S], BaseMethod], recipes: Cal
     """Pretrain, or go on from where a run of the same settings was stopped.
 
     OUTPUT_DIR then holds settings.json, metrics.jsonl (a line a step), checkpoint.pt, and encoder/, which
-    ``ser_reg.load_encoder`` and timm load.
+    ``ser_reg.load_encoder`` and timm load; reconstructions.png as well, of terms that paint.
 
     Args:
         name: of the base method.
@@ -58,8 +58,8 @@ def train(name: str, settings: S, build: Callable[[S], BaseMethod], recipes: Cal
         SERError: data that is not there, settings that do not fit it or the number of processes, a checkpoint of
             another run, or a loss that is no longer finite.
     """
-    run = prepare(name, settings, build)
-    batches = Batches(run, recipes(settings))
+    run = prepare(name, settings, build, recipes(settings))
+    batches = Batches(run)
     if run.done == run.length.steps:
         export(run)
     else:
@@ -100,6 +100,8 @@ class _Loop:
                 if self._save_or_stop(step):
                     break
                 self.log.restart()
+            else:
+                write_pictures(run, self.batches.groups)
 
     def _is_last(self, step: int) -> bool:
         return step + 1 == self.run.length.steps

@@ -31,6 +31,7 @@ from .optimizer import build_optimizer
 from .settings import Settings
 from .step import Step
 from .term import build_heads
+from .views import Recipes, extra_recipes, maker
 
 __all__ = ["Length", "Run", "build_step", "prepare", "shard", "synchronise"]
 
@@ -42,8 +43,8 @@ class Length(NamedTuple):
 
     batch: int
     """Images of a forward, over all processes: the batch of a step, or a part of it."""
-    whole: int
-    """How many of them are seen whole (b2)."""
+    read: int
+    """How many of them have the views that the term reads: those that are seen whole (b2), where it wants such."""
     epoch: int
     """Steps of the optimiser in an epoch."""
     steps: int
@@ -60,6 +61,8 @@ class Run(NamedTuple):
     held_out: Source | None
     """Labelled images for k-NN, if there are any."""
     length: Length
+    recipes: Recipes
+    """Of the global views and the local ones."""
     step: Step
     module: nn.Module
     """The step as it is called: wrapped for several processes, or sharded."""
@@ -73,13 +76,14 @@ class Run(NamedTuple):
         return self.accelerator.is_main_process
 
 
-def prepare(name: str, settings: S, build: Callable[[S], BaseMethod]) -> Run:
+def prepare(name: str, settings: S, build: Callable[[S], BaseMethod], recipes: Recipes) -> Run:
     """A run, new or where one of the same settings was stopped.
 
     Args:
         name: of the base method, as settings.json has it.
         settings: all there is to know.
         build: the base method around a new encoder.
+        recipes: of its views, global ones and local ones.
 
     Raises:
         SERError: data that is not there, settings that do not fit it or the number of processes, or a checkpoint of
@@ -92,7 +96,7 @@ def prepare(name: str, settings: S, build: Callable[[S], BaseMethod]) -> Run:
     length = _length(settings, source, accelerator)
 
     torch.manual_seed(settings.run.seed)
-    step = synchronise(build_step(settings, build), accelerator.num_processes, accelerator.device)
+    step = synchronise(build_step(settings, build, recipes), accelerator.num_processes, accelerator.device)
     _describe(console, settings, step)
     _describe_length(console, settings, len(source), length, accelerator.num_processes)
     step.to(accelerator.device)
@@ -103,13 +107,13 @@ def prepare(name: str, settings: S, build: Callable[[S], BaseMethod]) -> Run:
         _record(name, settings, accelerator.device)
     if done:
         console.print(f"going on after step {done} of {length.steps}")
-    return Run(settings, accelerator, console, source, held_out, length, step, module, optimizer, done)
+    return Run(settings, accelerator, console, source, held_out, length, recipes, step, module, optimizer, done)
 
 
-def build_step(settings: S, build: Callable[[S], BaseMethod]) -> Step:
+def build_step(settings: S, build: Callable[[S], BaseMethod], recipes: Recipes) -> Step:
     """Base method first: with the same seed its weights are the same with a term and without."""
     method = build(settings)
-    call, term = f"build({type(method).__name__})", settings.term
+    call, term, policy = f"build({type(method).__name__})", settings.term, settings.term.policy
     require(
         term.target == "online" or method.target is not None,
         call,
@@ -117,14 +121,16 @@ def build_step(settings: S, build: Callable[[S], BaseMethod]) -> Step:
         f"maps of the trained encoder: {type(method).__name__} has no momentum encoder",
         f"{term.name} --term.target online",
     )
-    if settings.data.local_views:
+    if settings.data.local_views or (settings.has_term and policy.extra == "turned"):
         require_whole_patches(call, method.encoder, local_size=settings.data.local_size)
     if not settings.has_term:
         return Step(method)
-    facts = backbone(method.encoder)
+    facts, views = backbone(method.encoder), recipes[0]
+    extra = extra_recipes(policy, views, settings.data)
     widths = {layer: facts.width(layer) for layer in settings.layers}
-    heads = build_heads(term, widths, settings.views.maker(facts.patch_size))
-    return Step(method, heads, term.weight, term.target)
+    tells = maker(settings.views, policy, facts.patch_size, views, extra)
+    heads = build_heads(term, widths, tells, facts.patch_size)
+    return Step(method, heads, term.weight, term.target, policy)
 
 
 def synchronise(step: Step, world_size: int, device: torch.device) -> Step:
@@ -181,10 +187,11 @@ def _length(settings: Settings, source: Source, accelerator: Accelerator) -> Len
     """Raises a SERError for a batch that does not fit the source or the processes."""
     run, rank, world_size = settings.run, accelerator.process_index, accelerator.num_processes
     batch = run.batch_size // run.accumulate
-    whole = whole_images(batch, settings.term.ratio, world_size)
-    PartitionSampler(len(source), run.batch_size, whole, rank, world_size, run.seed)  # says what does not fit
+    read = whole_images(batch, settings.read, world_size)
+    paired = settings.term.policy.paired
+    PartitionSampler(len(source), run.batch_size, read, rank, world_size, run.seed, paired=paired)  # says what is wrong
     epoch = (len(source) // batch) // run.accumulate
-    return Length(batch, whole, epoch, run.steps or max(1, round(run.epochs * epoch)))
+    return Length(batch, read, epoch, run.steps or max(1, round(run.epochs * epoch)))
 
 
 def _describe(console: Console, settings: Settings, step: Step) -> None:
@@ -205,7 +212,8 @@ def _describe_length(console: Console, settings: Settings, images: int, length: 
     """On what it is trained."""
     accumulate = settings.run.accumulate
     batches = f"{length.batch} images" + (f" in each of {accumulate} parts" if accumulate > 1 else "")
-    steps = f"{length.steps:,} steps of {batches}, {length.whole} of them whole"
+    read = f", {length.read} of them {'whole' if settings.term.policy.whole else 'read by the term'}"
+    steps = f"{length.steps:,} steps of {batches}{read if length.read else ''}"
     console.print(f"{images:,} images; {steps}; {world_size} processes")
 
 

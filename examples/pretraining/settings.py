@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 from data.settings import DataSettings
@@ -95,6 +95,9 @@ class RunSettings:
 class Settings:
     """All that a training is told. A base method's script adds a group `method` with its own settings."""
 
+    suited: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Defaults of terms, by their words, that the base method wants to be others."""
+
     preset: str
     """Where all other settings start from: "paper", the ImageNet-1k run; "released", what the released code of SER
     sets instead; "official" (Barlow Twins), the recipe of its release; "small", minutes on a CPU."""
@@ -109,6 +112,11 @@ class Settings:
     def has_term(self) -> bool:
         """Whether there is an added term at all."""
         return self.term.weight > 0 and self.term.ratio > 0
+
+    @property
+    def read(self) -> float:
+        """Part of the batch that has the views which the term reads. λ = 0 keeps those that the base method sees."""
+        return self.term.ratio if self.term.weight > 0 or self.term.policy.control else 0.0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -162,11 +170,18 @@ class Settings:
             f"{typed} --dynamic-size",
         )
         require(
-            encoder.dynamic_size or not (self.term.ratio > 0 and self.views.scaled),
+            encoder.dynamic_size or not (self.term.policy.whole and self.views.scaled),
             script,
             f"scale={self.views.scale}, aspect={self.views.aspect} with an encoder of one image size",
             "an encoder that takes images of any size, or a group without scaling",
             f"{typed} --scale 1 1 --aspect 1 1  # or --dynamic-size",
+        )
+        require(
+            encoder.dynamic_size or self.term.policy.extra != "turned" or data.local_size == encoder.image_size,
+            script,
+            f"turned crops of {data.local_size} pixels with an encoder of images of {encoder.image_size}",
+            "an encoder that takes images of any size, or crops of its own",
+            f"{typed} {self.term.name} --local-size {encoder.image_size}  # or --dynamic-size",
         )
         require(
             not data.local_views or data.local_size < encoder.image_size,
@@ -248,7 +263,7 @@ def parse(presets: Mapping[str, S], script: str, arguments: list[str] | None = N
     require(preset in presets, script, f"preset={preset!r}", f"one of {', '.join(presets)}", remedy)
     chosen = presets[preset]
     # As the preset's class, but for the words of the terms, whose defaults are the preset's.
-    term = ("term", term_words(chosen.term), field(default=chosen.term))
+    term = ("term", term_words(chosen.term, type(chosen).suited), field(default=chosen.term))
     space = {"__doc__": type(chosen).__doc__}
     shown = dataclasses.make_dataclass("Shown", [term], bases=(type(chosen),), namespace=space, frozen=True)
     given = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}

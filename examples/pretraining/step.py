@@ -13,16 +13,17 @@ from ser_reg import View
 from ser_reg.objectives import Objective, Output
 
 from .base import BaseMethod, BaseOutput, Encoded
-from .encode import encode
+from .encode import encode, encode_views
+from .policies import POLICIES, Policy
 
 __all__ = ["Step"]
 
 
 class Step(nn.Module):
-    """L = L_base(b1 and b2 jointly) + λ · L_term(b2), Equation 3.
+    """L = L_base(all images jointly) + λ · L_term(those that the term reads), Equation 3.
 
     Which term is added it cannot tell: any `Objective` gets maps and views of the group whose views know their
-    relation, pair by pair.
+    relation, in the order of its policy.
 
     Args:
         method: the base method.
@@ -30,6 +31,7 @@ class Step(nn.Module):
         weight: λ.
         target: whether the other view's maps come from the trained encoder ("online"), as in the paper's equations, or
             from the momentum encoder ("momentum"), as in its released code.
+        policy: what the term's views are.
     """
 
     def __init__(
@@ -38,13 +40,16 @@ class Step(nn.Module):
         heads: Mapping[int, Objective] | None = None,
         weight: float = 0.0,
         target: str = "online",
+        policy: Policy = POLICIES["equivariant"],
     ) -> None:
         super().__init__()
         self.method = method
         self.layers = tuple(heads or ())
         self.heads = nn.ModuleList((heads or {}).values())
+        self.encoded = self.heads[0].encoded if heads else 0
         self.weight = weight
         self.target = target
+        self.policy = policy
 
     def forward(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Scalars: "loss", to go backward from; "base", "term" and diagnostics, detached."""
@@ -63,21 +68,40 @@ class Step(nn.Module):
         return encode(encoder, groups, self.layers if wanted else ())
 
     def _compare_all(self, groups: Sequence[Group], out: BaseOutput) -> list[Output]:
-        """The term for each pair of views. Local views have no momentum side."""
+        """The term for all that it compares: as a rule once, of whole images for each pair of views."""
         which = next(i for i, group in enumerate(groups) if group.relations is not None)
-        views, trained = groups[which].views, out.trained.features[which]
-        outputs, first = [], 0
-        if self.target == "momentum":  # each trained view against the other slow one
-            slow, first = out.momentum.features[which], 2
-            outputs.append(self._compare([trained[0], slow[1]], [views[0], views[1]]))
-            outputs.append(self._compare([trained[1], slow[0]], [views[1], views[0]]))
-        for i in range(first, len(views), 2):
-            outputs.append(self._compare(trained[i : i + 2], views[i : i + 2]))
+        group, trained = groups[which], out.trained.features[which]
+        if self.target == "momentum":  # each trained view against the other slow one; local views have none
+            (first, second), slow = group.views[:2], out.momentum.features[which]
+            outputs = [self._compare([trained[0], slow[1]], [first, second])]
+            outputs.append(self._compare([trained[1], slow[0]], [second, first]))
+        else:
+            outputs = [self._compare(*self.in_order(group, trained))]
+        if self.policy.whole:
+            views = group.views
+            outputs += [self._compare(trained[i : i + 2], views[i : i + 2]) for i in range(2, len(views), 2)]
         return outputs
+
+    def in_order(
+        self, group: Group, trained: Sequence[dict[int, Tensor]]
+    ) -> tuple[list[dict[int, Tensor]], list[View]]:
+        """Maps by layer and views as the term is handed them.
+
+        Extra views that it wants encoded have a forward of their own, after that of the base method, none of whose
+        heads and batch statistics they reach.
+
+        Args:
+            group: images that the term reads.
+            trained: maps of the base method's views, by layer.
+        """
+        views = self.policy.in_order(group.views, group.extra)
+        encoded = [view for view in views[: self.encoded] if any(view is other for other in group.extra)]
+        extra = encode_views(self.method.encoder, [view.images for view in encoded], self.layers)[1]
+        return self.policy.in_order(trained, extra), views
 
     def _compare(self, features: Sequence[dict[int, Tensor]], views: Sequence[View]) -> Output:
         """Mean over layers."""
-        maps = features[: self.heads[0].encoded]
+        maps = features[: self.encoded]
         return _mean([head([m[k] for m in maps], views) for head, k in zip(self.heads, self.layers, strict=True)])
 
 

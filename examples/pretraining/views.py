@@ -1,26 +1,29 @@
-"""Views on the device: those of a loaded batch, normalised, and those of b2 moved by elements of the group."""
+"""How images are moved beyond their crops, what is loaded for a term besides, and the maker that tells the term."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
-import torch
-from data.batch import Batch, Group
-from data.recipe import normalise
-from torch import Tensor
+from data.recipe import Recipe, original, photometric
+from data.settings import DataSettings
 
-from ser_reg import EquivariantViews, act
+from ser_reg import EquivariantViews
 from ser_reg.errors import require
+from ser_reg.views import CroppedViews, PathViews
 
-__all__ = ["DeviceViews", "ViewSettings"]
+from .policies import Policy
 
-STREAM = 2  # of random numbers: the sampler has 0 and 1
+__all__ = ["Recipes", "ViewSettings", "extra_recipes", "maker"]
+
+Recipes = tuple[Sequence[Recipe], Sequence[Recipe]]  # of global views and of local ones
+TURNED_AREA, TURNED_BLUR = (0.05, 0.14), 0.1  # of the small crops of E-SSL
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How the whole images of b2 are moved: turned, flipped and scaled."""
+    """How whole images (b2) are turned, flipped and scaled, and what else moves images beyond their crops."""
 
     rotations: bool = True
     """Quarter turns in the group (Table 9)."""
@@ -30,78 +33,77 @@ class ViewSettings:
     """Range of the area factor (Section 4.1); 1 1 together with `--aspect 1 1` leaves scaling out (Table 9)."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the aspect factor."""
+    crop_turns: bool = False
+    """Turn every crop by a random number of quarters: plain augmentation, which terms on crops know of."""
+    path: Literal["rotation", "translation", "se2", "colour", "blur"] = "se2"
+    """What moves the second view of terms that follow a path."""
+    path_targets: int = 2
+    """Images on the path between the second view's crop and the view (Table 9 of that paper)."""
+    path_fill: Literal["reflect", "edge", "zeros"] = "reflect"
+    """What is seen where a moved image has nothing."""
 
     @property
     def scaled(self) -> bool:
         """Whether views differ in size from the images."""
         return self.scale != (1, 1) or self.aspect != (1, 1)
 
-    def maker(self, patch_size: int) -> EquivariantViews:
-        """What draws the elements. The photometric part is not its own: the recipes did it."""
-        return EquivariantViews(patch_size, self.scale, self.aspect, self.rotations, self.flips)
-
     def check(self, script: str) -> None:
         """Raise a SERError for ranges that are none."""
+        typed = f"python examples/{script}"
         require(
             all(0 < low <= high for low, high in (self.scale, self.aspect)),
             script,
             f"scale={self.scale}, aspect={self.aspect}",
             "above 0, the lower end first",
-            f"python examples/{script} --scale 0.7 1.3 --aspect 0.75 1.3333",
+            f"{typed} --scale 0.7 1.3 --aspect 0.75 1.3333",
         )
+        given = f"path_targets={self.path_targets}"
+        require(self.path_targets >= 1, script, given, "one image at least", f"{typed} --path-targets 2")
 
 
-class DeviceViews:
-    """T_eq's geometric half, and the transfer of all views.
-
-    Elements are drawn for the b2 of all processes, from a generator that depends on the seed and the number of the
-    batch alone; each process keeps its own. So all processes have the same grid without a word between them, a
-    batch's elements do not depend on how many processes there are, and a resumed run goes on as it would have.
+def extra_recipes(policy: Policy, views: Sequence[Recipe], data: DataSettings) -> list[Recipe]:
+    """Of what is loaded for the term alone: nothing, the image as it is, or a crop of the size of local views.
 
     Args:
-        maker: what draws the elements.
-        whole: images of b2 over all processes.
-        seed: of the elements.
-        rank, world_size: which images this process has: every world_size-th, beginning with number `rank`.
-        device: where the encoder is.
+        policy: of the term.
+        views: of the global views.
+        data: the size of local views, and whether there is blur.
     """
+    if policy.extra == "original":
+        return [original(views[0].size)]
+    if policy.extra == "turned":
+        colours = photometric(TURNED_BLUR if data.blur else 0.0)
+        return [replace(views[0], size=data.local_size, area=TURNED_AREA, photometric=colours)]
+    return []
 
-    def __init__(
-        self,
-        maker: EquivariantViews,
-        whole: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.maker = maker
-        self.whole = whole
-        self.seed = seed
-        self.rank, self.world_size = rank, world_size
-        self.device = device
 
-    def __call__(self, batch: Batch, number: int) -> list[Group]:
-        """The groups of batch `number`, counted from the beginning of the training: b1, then b2 if there is any."""
-        crops = Group([self._on_device(images) for images in batch.crops.images])
-        return [crops, self._moved(batch.whole, number)] if self.whole else [crops]
+def maker(
+    settings: ViewSettings, policy: Policy, patch_size: int, views: Sequence[Recipe], extra: Sequence[Recipe]
+) -> EquivariantViews | CroppedViews | PathViews:
+    """What draws the views that the term reads, as the term is told.
 
-    def _on_device(self, images: Tensor) -> Tensor:
-        return normalise(images.to(self.device, non_blocking=True))
+    Elements of whole images and ends of paths are drawn by it; crops the loader draws, by the same law.
 
-    def _moved(self, group: Group, number: int) -> Group:
-        """Each pair of views moved by the two elements of its plan."""
-        seed = np.random.SeedSequence(self.seed, spawn_key=(STREAM, number)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(seed[0]))
-        views, relations = [], []
-        images = [self._on_device(x) for x in group.images]
-        for pair in zip(images[::2], images[1::2], strict=True):
-            plan = self.maker.draw(self.whole, tuple(pair[0].shape[-2:]), generator)
-            for x, elements in zip(pair, plan, strict=True):
-                mine = elements[self.rank :: self.world_size]
-                if len(x):
-                    views.append(act(mine, x, antialias=True))
-                else:  # this process has none of b2, and yet the others' grids
-                    views.append(x.new_empty(0, 3, *elements.output_size(tuple(x.shape[-2:]))))
-                relations.append(mine)
-        return Group(views, relations)
+    Args:
+        settings: of the group, the turns and the path.
+        policy: of the term.
+        patch_size: pixels a side.
+        views: of the two global views.
+        extra: of what is loaded for the term alone.
+    """
+    if policy.whole:
+        return EquivariantViews(patch_size, settings.scale, settings.aspect, settings.rotations, settings.flips)
+    seen = extra if policy.extra == "turned" else views
+    size, area, colours = seen[0].size, seen[0].area, [recipe.photometric for recipe in seen]
+    if policy.extra == "path":
+        path, count = settings.path, settings.path_targets
+        return PathViews(path, count, size, area, photometric=colours, fill=settings.path_fill)
+    return CroppedViews(
+        size,
+        area,
+        views=len(seen),
+        photometric=colours,
+        original=policy.extra == "original",
+        turned="all" if policy.extra == "turned" else settings.crop_turns,
+        paired=policy.paired,
+    )

@@ -4,18 +4,20 @@ from .backbones import TokenTap, late_cls, patch_tokens
 from .check import check
 from .errors import SERError
 from .export import export_timm, load_encoder
-from .geometry import GroupElement, act
+from .geometry import Affine, GroupElement, act
 from .images import IMAGENET
 from .losses import PatchNTXent, patch_ntxent
-from .metrics import equivariance_score
+from .metrics import equivariance_score, matching_score
 from .objectives import SERLoss
-from .views import EquivariantViews, View, partition_size, relation
+from .views import EquivariantViews, Photometric, View, partition_size, relation
 
 __all__ = [
     "IMAGENET",
+    "Affine",
     "EquivariantViews",
     "GroupElement",
     "PatchNTXent",
+    "Photometric",
     "SERError",
     "SERLoss",
     "TokenTap",
@@ -26,6 +28,7 @@ __all__ = [
     "export_timm",
     "late_cls",
     "load_encoder",
+    "matching_score",
     "partition_size",
     "patch_ntxent",
     "patch_tokens",

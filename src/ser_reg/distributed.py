@@ -1,4 +1,4 @@
-"""Tensors of all ranks: counts and errors are exchanged first, then uneven shards are gathered, differentiably."""
+"""Tensors of all ranks: counts and errors are exchanged first; uneven shards and sums have gradients."""
 
 import math
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ __all__ = [
     "all_gather",
     "all_gather_counts",
     "all_gather_single",
+    "all_reduce",
     "broadcast",
     "mark_as_raised_on_all_ranks",
     "raise_on_all_ranks",
@@ -160,7 +161,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: list[int], group: "dist.ProcessGroup | None") -> tuple[Tensor, ...]:
         ctx.lengths, ctx.group = lengths, group
-        padded = x.new_zeros(max(lengths), x.shape[1])
+        padded = x.new_zeros(max(1, *lengths), x.shape[1])  # not every backend sends nothing
         padded[: len(x)] = x
         gathered = x.new_empty(len(lengths), *padded.shape)
         all_gather_single(gathered.flatten(0, 1), padded, group)
@@ -169,9 +170,48 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        padded = grads[0].new_zeros(len(grads), max(ctx.lengths), grads[0].shape[1])
+        padded = grads[0].new_zeros(len(grads), max(1, *ctx.lengths), grads[0].shape[1])
         for shard, grad in zip(padded, grads, strict=True):
             shard[: len(grad)] = grad
         mine = torch.empty_like(padded[0])
         reduce_scatter_single(mine, padded.flatten(0, 1), group=ctx.group)
         return mine[: ctx.lengths[dist.get_rank(ctx.group)]], None, None
+
+
+def all_reduce(x: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """The sum over all ranks, on each of them, differentiable; `x` itself where one process is alone.
+
+    Args:
+        x: the same shape and dtype on each rank.
+        group: the processes that take part, by default all.
+
+    Returns:
+        A tensor like `x`. Backward is the transpose of the sum: each rank receives the **sum**, over ranks, of the
+        gradients for the result. That is a collective too: every rank has to go backward, or none.
+
+    Example:
+        >>> all_reduce(torch.ones(2))  # nothing is distributed here
+        tensor([1., 1.])
+    """
+    if rank_and_world_size(group)[1] == 1:
+        return x
+    total: Tensor = _AllReduce.apply(x, group)
+    return total
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+def _sum(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)  # which the collective writes into
+    dist.all_reduce(total, group=group)
+    return total

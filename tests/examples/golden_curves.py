@@ -4,19 +4,28 @@ golden_curves.json has 20 steps of the tiny trainings of `pretraining_jobs` (see
 and what they ran on. Weights and images are NumPy's and no path is dropped, as what timm, torchvision and torch draw
 differs between releases. Rounding differs too and grows from step to step, so that the first steps are held closely
 and all of them loosely. On two processes each has batch statistics of its own.
+
+``python tests/examples/golden_curves.py`` records all of them anew, where views or losses are meant to change. A new
+curve is a line with its method, processes and flags.
 """
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-__all__ = ["COLUMNS", "CURVES", "FIRST", "curve_job", "differences", "write_images"]
+__all__ = ["COLUMNS", "CURVES", "FIRST", "curve_job", "differences", "record", "write_images"]
 
-CURVES = json.loads(Path(__file__).with_suffix(".json").read_text())["curves"]
+FILE = Path(__file__).with_suffix(".json")
+CURVES = json.loads(FILE.read_text())["curves"]
 COLUMNS = ("loss", "base", "term")
+STEPS = 20
 FIRST, CLOSE, LOOSE = 3, 1e-5, 1e-2  # steps that are held closely; relative tolerances
 
 
@@ -24,7 +33,7 @@ def curve_job(name, folder):
     """The training of a curve; its images are written to a folder beside the run's."""
     curve, images = CURVES[name], folder.with_name("images of the recorded curves")
     write_images(images)
-    flags = [*curve["flags"], "--steps", len(curve["loss"]), "--data", images, "--output-dir", folder]
+    flags = [*curve["flags"], "--steps", STEPS, "--data", images, "--output-dir", folder]
     return {"method": curve["method"], "flags": list(map(str, flags)), "own_weights": True}
 
 
@@ -51,3 +60,33 @@ def differences(found, golden):
         for step, line in enumerate(found)
         if line[name] != pytest.approx(golden[name][step], rel=CLOSE if step < FIRST else LOOSE, abs=0)
     ]
+
+
+def record():
+    """Draw all curves and write them down, with what they ran on."""
+    import torch
+    from pretraining_jobs import lines
+
+    from ser_reg.records import environment
+
+    curves = {}
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {}
+        for name, curve in CURVES.items():
+            jobs.setdefault(curve["processes"], []).append(curve_job(name, Path(folder) / name))
+        Path(folder, "jobs.json").write_text(json.dumps(jobs))
+        command = [sys.executable, str(FILE.with_name("pretraining_jobs.py")), f"{folder}/jobs.json"]
+        subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        for name, curve in CURVES.items():
+            steps = lines(Path(folder) / name)
+            columns = [column for column in COLUMNS if column in steps[0]]
+            found = {column: [float(f"{line[column]:.8g}") for line in steps] for column in columns}
+            curves[name] = {key: curve[key] for key in ("method", "processes", "flags")} | found
+    torch.set_num_threads(1)  # as each process has it
+    written = json.dumps({"environment": environment(torch.device("cpu")), "curves": {}}, indent=2)
+    each = ",\n".join(f"    {json.dumps(name)}: {json.dumps(curve)}" for name, curve in curves.items())
+    FILE.write_text(written.replace('"curves": {}', '"curves": {\n' + each + "\n  }") + "\n")
+
+
+if __name__ == "__main__":
+    record()

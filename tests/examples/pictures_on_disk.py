@@ -32,7 +32,7 @@ class Pictures:
     def __len__(self):
         return self.n
 
-    def image(self, i):
+    def image(self, i, reduction=None):
         if i in self.broken:
             raise SERError("read", "broken", "whole", f"rm {i}")
         return picture(i)

@@ -55,7 +55,14 @@ TINY = (
     "--preset small --steps 3 --batch-size 16 --width 24 --depth 3 --heads 2 --hidden 32 --log-every 1 --knn-every 0 "
     "--tracker none --warmup-epochs 0"
 )
-NARROW = {"ser": ("--term.projection-dim", "16")}  # flags of a term
+NARROW = {  # flags of a term
+    "ser": ("--term.projection-dim", "16"),
+    "augself": ("--term.width", "16"),
+    "equimod": ("--term.hidden", "16", "--term.width", "8"),
+    "essl": ("--term.hidden", "16"),
+    "stl": ("--term.rank", "2"),
+    "reconstruction": ("--term.width", "8"),
+}
 GRADIENTS = "gradients.pt"  # in the output folder: of the first step
 TIMES = {"images_per_second", "data_wait"}
 

@@ -40,8 +40,18 @@ def invented(seed):
         name: {layer: {reading: draw.random() for reading in readings} for layer in ("1", "2", "10")}
         for name in ("rotation", "flip", "scale")
     }
-    accuracy = {"knn": draw.random(), "linear": draw.random()}
-    return {"flags": [], "environment": {}, "steps": 3, "result": {"accuracy": accuracy, "equivariance": scores}}
+    matching = {
+        name: {layer: {key: draw.random() for key in ("top1", "near")} for layer in ("1", "2", "10")}
+        for name in ("rotation", "flip")
+    }
+    result = {
+        "accuracy": {"knn": draw.random(), "linear": draw.random()},
+        "equivariance": scores,
+        "matching": matching,
+        "own": {"layer": 2, "channels": "trivial"},
+        "orientation": {task: {"2": draw.random(), "10": draw.random()} for task in ("rotation", "flip")},
+    }
+    return {"flags": [], "environment": {}, "steps": 3, "result": result}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.run)
@@ -69,6 +79,26 @@ def test_summary_is_of_the_last_layer():
     assert numbers["rotation"] == last["spatial"]
     assert numbers["rotation_raw"] == last["raw"]
     assert numbers["rotation_excess"] == last["spatial"] - last["spatial_floor"]
+    assert numbers["matching_rotation"] == run["result"]["matching"]["rotation"]["10"]["top1"]
+    assert numbers["own_flip"] == run["result"]["matching"]["flip"]["2"]["top1"]  # at the layer of the term
+    assert numbers["turn_early"] == run["result"]["orientation"]["rotation"]["2"]
+    assert numbers["flip_last"] == run["result"]["orientation"]["flip"]["10"]
+
+
+def test_own_action_is_read_where_it_is_another():
+    run = invented(0)
+    own = invented(1)["result"]["matching"]
+    run["result"]["own"] |= {"channels": "regular", "matching": own}
+    assert summary(run)["own_rotation"] == own["rotation"]["2"]["top1"]
+    assert summary(run)["matching_rotation"] == run["result"]["matching"]["rotation"]["10"]["top1"]
+
+
+def test_results_from_before_matching_can_be_shown():
+    run = invented(0)
+    for key in ("matching", "own", "orientation"):
+        del run["result"][key]
+    assert "matching_rotation" not in summary(run)
+    assert summary(run)["rotation"] == run["result"]["equivariance"]["rotation"]["10"]["spatial"]
 
 
 def test_table_is_mean_and_spread_over_seeds():
@@ -87,7 +117,8 @@ def test_table_is_mean_and_spread_over_seeds():
     assert row[-1] == "68.82"
     ours = next(row for row in rows if row[0] == "SER")
     assert ours[head.index("k-NN, difference")] == ""
-    assert len(head) == 1 + len(COLUMNS) + 2 + 1
+    assert len(head) == 1 + len(ablation.columns) + 2 + 1
+    assert set(ablation.columns) <= set(COLUMNS)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -99,7 +130,7 @@ def test_every_ablation_can_be_drawn(name, tmp_path):
 
 
 def test_wrong_requests_say_what_to_type(tmp_path):
-    with pytest.raises(SERError, match="one of methods, layer, control, ratio, lambda, group, all-layers, cls, or all"):
+    with pytest.raises(SERError, match="one of methods, layer, control, ratio, lambda, group, all-layers, cls, terms, crops, channels, or all"):
         ablate.main(ablate.Settings("depth", output_dir=tmp_path))
     for wrong in ({"seeds": ()}, {"jobs": 0}):
         with pytest.raises(SERError, match="--seeds 0 1 2 --jobs 1"):

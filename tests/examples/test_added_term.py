@@ -97,7 +97,8 @@ def test_a_new_term_is_one_file_and_one_line(tmp_path):
     after = copied(before, tmp_path / "after")
     register(after / "src" / "ser_reg" / "objectives")
     own = ["alike", "--term.weight", "1", "--term.power", "1.5", "--term.width", "4"]
-    found = train(after, {m: [*own, *(["--local-views", "4"] if m == "dino" else [])] for m in METHODS})
+    more = {"dino": ["--local-views", "4"], "barlow_twins": ["--term.crops", "--term.ratio", "1"]}
+    found = train(after, {method: [*own, *more.get(method, [])] for method in METHODS})
     for first, second in found.values():
         assert first["loss"] == pytest.approx(first["base"] + first["term"])
         assert first["term"] > 0

@@ -17,7 +17,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from data import open_source  # noqa: E402
+from data import Subset, open_source  # noqa: E402
 from data.folders import ImageFolder  # noqa: E402
 
 from ser_reg import SERError  # noqa: E402
@@ -61,6 +61,15 @@ def test_source_has_images_labels_and_names(source):
             assert np.array_equal(source.image(i), picture(i))
 
 
+def test_source_says_how_large_an_image_is_before_it_is_decoded(source):
+    source, _ = source
+    asked = []
+    image = source.image(1, lambda size: asked.append(size) or 2)
+    assert asked in ([image.size], [])  # it need not, if it reads no file; a PNG cannot be scaled
+    assert np.array_equal(image, source.image(1))
+    assert Subset(source, [4, 1]).image(1, lambda size: 1).tobytes() == image.tobytes()
+
+
 def test_source_pickles(source):
     source, _ = source
     twin = pickle.loads(pickle.dumps(source))
@@ -68,6 +77,23 @@ def test_source_pickles(source):
     for i in (5, 0):
         assert np.array_equal(twin.image(i), source.image(i))
         assert (twin.label(i), twin.name(i)) == (source.label(i), source.name(i))
+
+
+def test_jpegs_can_be_had_smaller(tmp_path):
+    jpeg = encoded(picture(0, (83, 41)), "JPEG")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.jpg").write_bytes(jpeg)
+    write_tar(tmp_path / "train.tar", {"a.jpg": jpeg})
+    rows = {"image": [{"bytes": jpeg, "path": None}]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    for data in (str(tmp_path / "flat"), f"wds:{tmp_path}/train.tar", f"hf:{tmp_path}/train.parquet"):
+        source, asked = open_source(data, "train"), []
+        for factor, size in ((1, (83, 41)), (2, (42, 21)), (4, (21, 11)), (8, (11, 6))):
+            image = source.image(0, lambda size, factor=factor, asked=asked: asked.append(size) or factor)
+            assert (image.size, image.mode) == (size, "RGB")
+        assert asked == [(83, 41)] * 4
+        assert Subset(source, [0]).image(0, lambda size: 8).size == (11, 6)
 
 
 def test_embedded_patches_are_the_photographs():

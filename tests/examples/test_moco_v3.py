@@ -12,10 +12,9 @@ from torch.nn import functional as F
 pytest.importorskip("accelerate")
 
 from pretraining.encoder import build_encoder, trainable
-from pretraining.run import build_step
 from pretraining.schedules import Moment
 from pretraining_jobs import lines, parsed, train_job
-from tiny_batches import batches
+from tiny_batches import batches, tiny_step
 
 from ser_reg import late_cls
 from ser_reg.backbones import backbone
@@ -98,7 +97,7 @@ def test_momentum_branch_follows_ahead_of_its_keys_along_a_cosine_to_one():
 @pytest.fixture(scope="module")
 def paper():
     torch.manual_seed(0)
-    return build_step(moco_v3.PRESETS["paper"], moco_v3.build)
+    return tiny_step("moco_v3", moco_v3.PRESETS["paper"])
 
 
 def test_official_initialisation(paper):
@@ -199,15 +198,9 @@ def plain_training(settings, vit):
             for slow, fast in ((method.target, vit), (method.target_projector, method.projector)):
                 for k, q in zip(slow.parameters(), fast.parameters(), strict=True):
                     k.lerp_(q, 1 - momentum)
-        crops = torch.cat(groups[0].images)
-        halves = vit(crops).chunk(2)
+        halves = embedded(vit, groups)
         with torch.no_grad():
-            slow_halves = method.target(crops).chunk(2)
-        if len(groups) == 2:
-            pair = groups[1].images
-            halves = [torch.cat([vit(x), half]) for x, half in zip(pair, halves, strict=True)]
-            with torch.no_grad():
-                slow_halves = [torch.cat([method.target(x), half]) for x, half in zip(pair, slow_halves, strict=True)]
+            slow_halves = embedded(method.target, groups)
         q1, q2 = (method.predictor(method.projector(half)) for half in halves)
         with torch.no_grad():
             k1, k2 = (method.target_projector(half) for half in slow_halves)
@@ -217,6 +210,15 @@ def plain_training(settings, vit):
         optimizer.step()
         losses.append(loss.item())
     return losses, method
+
+
+def embedded(vit, groups):
+    """Of both views: crops in one forward, whole images view by view unless they have one size; these come first."""
+    halves = []
+    for one, two in (group.images for group in groups):
+        alike = one.shape == two.shape
+        halves.append(vit(torch.cat([one, two])).chunk(2) if alike else (vit(one), vit(two)))
+    return halves[0] if len(halves) == 1 else [torch.cat(pair) for pair in zip(*reversed(halves), strict=True)]
 
 
 def tiny_vit(settings):

@@ -2,7 +2,6 @@
 
 import json
 
-import moco_v3
 import pytest
 import torch
 from plain_timm import plain_timm
@@ -12,11 +11,10 @@ pytest.importorskip("accelerate")
 from pretraining import checkpoints
 from pretraining.encoder import build_encoder
 from pretraining.optimizer import build_optimizer, set_rates
-from pretraining.run import build_step
 from pretraining.schedules import Moment
 from pretraining.settings import read_run
 from pretraining_jobs import METHODS, lines, parsed, train_job, with_scaler
-from tiny_batches import batches
+from tiny_batches import batches, tiny_step
 
 from ser_reg import SERError, late_cls, load_encoder
 from ser_reg.backbones import backbone
@@ -148,13 +146,13 @@ def test_a_run_that_starts_anew_leaves_no_checkpoint_of_the_one_before(tmp_path)
 
 def test_checkpoint_is_restored_into_an_optimizer_that_has_stepped(tmp_path):
     settings = parsed("moco_v3")
-    step = build_step(settings, moco_v3.build)
+    step = tiny_step("moco_v3", settings)
     optimizer = build_optimizer(step, settings.optimizer)
     set_rates(optimizer, settings.optimizer, settings.run.batch_size, Moment(0, 3, 5))
     step(next(batches("moco_v3", settings)))["loss"].backward()
     optimizer.step()
     checkpoints.save(tmp_path, step, optimizer, None, settings, 1, is_main=True)
-    other = build_step(settings, moco_v3.build)
+    other = tiny_step("moco_v3", settings)
     fresh = build_optimizer(other, settings.optimizer)
     assert checkpoints.restore(checkpoints.load(tmp_path, settings), other, fresh, None) == 1
     for (name, value), restored in zip(step.state_dict().items(), other.state_dict().values(), strict=True):

@@ -31,9 +31,12 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
         ("moco_v3", ["--architecture", "eva02_tiny_patch14_224", "--initialisation", "timm"]),
         ("dino", ["--architecture", "vit_small_patch16_dinov3"]),
         ("dino", ["--no-dynamic-size", "--scale", 1, 1, "--aspect", 1, 1]),
+        ("dino", ["augself", "--no-dynamic-size", "--term.layer", 3]),
+        ("dino", ["equimod", "--term.ratio", 0.25, "--local-views", 4, "--precision", "bf16"]),
         ("dino", ["--precision", "bf16", "--cls-layer", 0]),
         ("dino", ["--term.ratio", 1, "--local-views", 4]),
         ("barlow_twins", ["--accumulate", 2, "--tracker", "tensorboard"]),
+        ("barlow_twins", ["reconstruction", "--path", "colour", "--gradient-checkpointing", "--crop-turns"]),
     ],
 )
 def test_trains_and_exports(tmp_path, method, flags):

@@ -11,10 +11,9 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 from pretraining.optimizer import build_optimizer, clip, set_rates
-from pretraining.run import build_step
 from pretraining.schedules import Moment, cosine, ramp, warm_cosine
 from pretraining_jobs import METHODS, parsed
-from tiny_batches import batches
+from tiny_batches import batches, tiny_step
 
 close = torch.testing.assert_close
 
@@ -81,7 +80,7 @@ def test_gradients_are_shortened_parameter_by_parameter():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_trained_parameter_is_in_one_group_and_moves(method):
     settings = parsed(method)
-    step = build_step(settings, importlib.import_module(method).build)
+    step = tiny_step(method, settings)
     optimizer = build_optimizer(step, settings.optimizer)
     counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     assert counts == {id(p): 1 for p in step.parameters() if p.requires_grad}

@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 from data.sampler import whole_images
 from pretraining.loop import train
 from pretraining.settings import parse
+from pretraining.term import TERMS
 from pretraining_jobs import METHODS, parsed, train_job
 
 from ser_reg import SERError
@@ -27,7 +28,7 @@ def test_help_has_groups_and_every_setting_with_its_meaning(method, capsys):
         parsed(method, ["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for name in ("--term.weight", "--term.ratio", "--hidden", "--resume", "--fsdp"):
+    for name in ("--term.weight", "--term.ratio", "--term.crops", "--crop-turns", "--path", "--hidden", "--fsdp"):
         assert name in text
     for group in ("run", "data", "encoder", "views", "optimizer", "method", "term"):
         assert f" {group} options " in text
@@ -70,6 +71,37 @@ def test_flags_may_stand_before_and_after_the_word():
     plain = parse(dino.PRESETS, "dino.py", ["--preset", "paper", "none", "--seed", "3"])
     assert (plain.preset, plain.run.seed, plain.term.name, plain.late_layer) == ("paper", 3, "none", 0)
     assert plain.plain()["term"] == {"name": "none"}
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "small"])
+def test_each_term_has_weight_and_ratio_of_its_own_and_the_presets_layer(preset):
+    """What a preset says of SER's weight and of the side that is compared is not said of others."""
+    for method, script in SCRIPTS.items():
+        ser = script.PRESETS[preset].term
+        for word, objective in OBJECTIVES.items():
+            settings = parse(script.PRESETS, f"{method}.py", ["--preset", preset, word])
+            if word == "ser":
+                assert settings.term == ser
+                continue
+            expected = 8 if (method, word) == ("barlow_twins", "essl") else objective.default_weight
+            assert (settings.term.weight, settings.term.target) == (expected, "online")
+            assert (settings.term.layer, settings.term.ratio) == (ser.layer, 1)
+            assert settings.late_layer == ser.layer
+            assert settings.read == 1
+            control = settings.but(term={"weight": 0.0})
+            assert control.read == (1 if word in ("stl", "reconstruction") else 0)
+            assert control.late_layer == ser.layer  # λ is all that differs from the run with the term
+            last = settings.but(term={"layer": settings.encoder.block_count})
+            last.check(f"{method}.py")
+            assert last.late_layer == settings.encoder.block_count - 1
+
+
+def test_terms_on_whole_images_can_do_with_crops():
+    settings = parse(dino.PRESETS, "dino.py", ["ser", "--term.crops", "--no-dynamic-size"])
+    assert not settings.term.policy.whole
+    assert settings.read == 0.25
+    assert settings.but(term={"weight": 0.0}).read == 0
+    assert not any(hasattr(kind, "crops") for word, kind in TERMS.items() if word != "ser")
 
 
 def test_other_values_by_plain_names():
@@ -132,6 +164,15 @@ WRONG = [
     ("dino", ["--term.weight", -1], "weight=-1", "--term.weight 0.5"),
     ("dino", ["--term.temperature", 0], "temperature=0", "ser --term.temperature 0.3"),
     ("dino", ["--steps", 0], "steps=0", "--steps 100"),
+    ("dino", ["equimod", "--term.target", "momentum"], "target='momentum' with equimod", "equimod --term.target online"),
+    ("dino", ["reconstruction", "--term.target", "momentum"], "target='momentum'", "--term.target online"),
+    ("dino", ["augself", "--term.ratio", 0], "ratio=0", "augself --term.ratio 1.0"),
+    ("dino", ["augself", "--term.flip", -1], "flip=-1", "augself --term.flip 0.0"),
+    ("dino", ["stl", "--batch-size", 17], "17 of 17 images in pairs", "--batch-size 16 --term.ratio 1"),
+    ("dino", ["stl", "--term.ratio", 5 / 16], "5 of 16 images in pairs", "--term.ratio 0.25"),
+    ("dino", ["essl", "--no-dynamic-size"], "turned crops of 16 pixels", "essl --local-size 32"),
+    ("dino", ["essl", "--local-size", 15], "local_size=15", "--local-size 16"),
+    ("dino", ["reconstruction", "--path-targets", 0], "path_targets=0", "--path-targets 2"),
 ]
 
 

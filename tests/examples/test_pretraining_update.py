@@ -3,17 +3,14 @@
 from itertools import product
 from types import SimpleNamespace
 
-import dino
-import moco_v3
 import pytest
 import torch
 
 pytest.importorskip("accelerate")
 
-from pretraining.run import build_step
 from pretraining_jobs import GRADIENTS, as_one_of_several, lines, parsed, train_job, with_scaler
 from timm.layers import DropPath
-from tiny_batches import batches
+from tiny_batches import batches, tiny_step
 
 close = torch.testing.assert_close
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -30,7 +27,7 @@ def test_gradient_of_accumulated_parts_is_that_of_the_mean_of_their_losses(tmp_p
     found = first_gradients(tmp_path, "dino", *flags, "--accumulate", 2)
     settings = parsed("dino", [*flags, "--batch-size", 8])
     torch.manual_seed(0)
-    step = build_step(settings, dino.build)
+    step = tiny_step("dino", settings)
     parts = batches("dino", settings)
     losses = [step(next(parts))["loss"] for _ in range(2)]
     (sum(losses) / 2).backward()
@@ -62,7 +59,7 @@ def test_gradients_that_overflow_change_nothing_but_the_scale(tmp_path, monkeypa
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert kept["scaler"]["scale"] == pytest.approx(1e38 / 4)
     torch.manual_seed(0)
-    fresh = build_step(parsed("moco_v3"), moco_v3.build)
+    fresh = tiny_step("moco_v3", parsed("moco_v3"))
     for name, parameter in fresh.named_parameters():
         assert torch.equal(kept["model"][name], parameter), name
 

@@ -8,8 +8,9 @@ import torch
 from elements import DIHEDRAL, element, elements
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, default_collate
 
-from ser_reg import GroupElement, SERError
+from ser_reg import Affine, GroupElement, SERError, act
 
 
 @given(elements(), elements(), elements())
@@ -186,3 +187,60 @@ def test_a_product_without_a_size_is_refused():
     huge = GroupElement.scaling(1e300, 1)
     with pytest.raises(SERError, match="factors inf and 1"):
         huge @ huge
+
+
+def test_warp_is_the_action():
+    """Called as an Affine is: a loop asks neither which of the two it has."""
+    g, x = GroupElement.sample(6, scale=(1, 1), ratio=(1, 1)), torch.randn(6, 2, 5, 5)
+    moved, valid = g.warp(x)
+    assert torch.equal(moved, act(g, x))
+    assert valid is None
+    assert torch.equal(g.warp(x, size=(5, 5), fill="edge")[0], moved)
+    stretch = GroupElement.turn(1) @ GroupElement.scaling(2, 0.8)
+    for mode in ("bicubic", "bilinear"):
+        assert torch.equal(stretch.warp(x, size=(4, 10), mode=mode)[0], act(stretch, x, mode))
+
+
+def test_warp_of_no_map_has_a_size_all_the_same():
+    x = torch.zeros(0, 3, 4, 8, requires_grad=True)
+    for g, size, made in (
+        (GroupElement.turn(1), None, (8, 4)),
+        (GroupElement.turn(1), (8, 4), (8, 4)),
+        (GroupElement.identity(0), None, (4, 8)),
+        (GroupElement.identity(0), (8, 4), (8, 4)),
+    ):
+        moved, valid = g.warp(x, size=size)
+        assert moved.shape == (0, 3, *made)
+        assert valid is None
+        moved.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"size": (5, 6)}, "elements that make maps of (6, 5)"),
+        ({"size": 5}, "elements that make maps of (6, 5)"),
+        ({"fill": "zeros"}, "Affine.of(g).warp(maps, size, fill)"),
+    ],
+)
+def test_warp_makes_no_other_size_and_fills_nothing(words, text):
+    with pytest.raises(SERError) as caught:
+        GroupElement.turn(1).warp(torch.zeros(1, 2, 5, 6), **words)
+    assert text in str(caught.value)
+
+
+def test_other_things_are_left_to_compose_themselves():
+    g, a = GroupElement.turn(1, n=2), Affine.rotation(30.0)
+    assert g.__matmul__(a) is NotImplemented
+    assert isinstance(g @ a, Affine)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        g @ 3
+
+
+def test_default_collate_joins_batches():
+    g = GroupElement.sample(6)
+    assert default_collate(list(g)) == g
+    assert default_collate([g[:2], g[2:]]) == g
+    assert default_collate([{"g": each} for each in g])["g"] == g
+    (joined,) = DataLoader(list(g), batch_size=6, num_workers=1)
+    assert joined == g

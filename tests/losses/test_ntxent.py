@@ -57,7 +57,7 @@ def close(left: tuple[Tensor, ...], right: tuple[Tensor, ...], tolerance: float 
 def test_equals_the_formula_read_literally(images, tokens, width, chunk_size, temperature, seed):
     z1, z2 = pair(images, tokens, width, seed)
     expected = value_and_gradients(literal_ntxent(z1, z2, temperature), z1, z2)
-    loss = patch_ntxent(z1, z2, temperature, chunk_size)
+    loss = patch_ntxent(z1, z2, temperature, chunk_size=chunk_size)
     assert close(value_and_gradients(loss, z1, z2), expected)
     assert close((loss,), (dense_ntxent(z1, z2, temperature),))
 
@@ -68,16 +68,16 @@ def test_tiles_never_touch_the_result(images, tokens, chunk_size):
     z1, z2 = pair(images, tokens, 24)
     for temperature in (0.002, 0.3):
         expected = value_and_gradients(dense_ntxent(z1, z2, temperature), z1, z2)
-        loss = patch_ntxent(z1, z2, temperature, chunk_size)
+        loss = patch_ntxent(z1, z2, temperature, chunk_size=chunk_size)
         assert close(value_and_gradients(loss, z1, z2), expected)
         with torch.no_grad():
-            assert torch.equal(patch_ntxent(z1, z2, temperature, chunk_size), loss)
+            assert torch.equal(patch_ntxent(z1, z2, temperature, chunk_size=chunk_size), loss)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.001])
 def test_gradcheck(temperature):
     z1, z2 = pair(3, 2, 4)
-    assert torch.autograd.gradcheck(lambda a, b: patch_ntxent(a, b, max(temperature, 0.05), 4), (z1, z2))
+    assert torch.autograd.gradcheck(lambda a, b: patch_ntxent(a, b, max(temperature, 0.05), chunk_size=4), (z1, z2))
 
 
 def test_is_the_mean_of_both_directions():
@@ -115,6 +115,109 @@ def test_images_may_have_different_numbers_of_tokens(tokens, others, chunk_size,
     expected = torch.cat(losses).mean()
     wanted = torch.autograd.grad(expected, (z1, z2, keys), retain_graph=True)
     assert close((loss, *torch.autograd.grad(loss, (z1, z2, keys))), (expected, *wanted))
+
+
+# Valid places ---------------------------------------------------------------------------------------------------
+
+masks = st.integers(1, 4).flatmap(
+    lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=5)
+)
+
+
+def spoilt(z1: Tensor, z2: Tensor, valid: Tensor) -> list[Tensor]:
+    """The same, with no numbers where nothing is valid."""
+    return [z.detach().masked_fill(~valid[..., None], math.nan).requires_grad_() for z in (z1, z2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mask=masks,
+    chunk_size=st.none() | st.integers(1, 12),
+    temperature=st.sampled_from([0.001, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_valid_equals_the_formula_read_literally(mask, chunk_size, temperature, seed):
+    valid = torch.tensor(mask)
+    z1, z2 = pair(*valid.shape, 5, seed)
+    expected = value_and_gradients(literal_ntxent(z1, z2, temperature, valid=valid), z1, z2)
+    given = spoilt(z1, z2, valid)
+    loss = patch_ntxent(*given, temperature, valid, chunk_size)
+    loss, *grads = value_and_gradients(loss, *given)
+    assert close((loss, *grads), expected)
+    assert not any(grad[~valid].any() for grad in grads)  # exactly zero, and a number
+
+    alone = [z.detach()[valid].requires_grad_() for z in given]  # as who computes no other tokens hands them over
+    found, *of_alone = value_and_gradients(patch_ntxent(*alone, temperature, valid, chunk_size), *alone)
+    assert torch.equal(found, loss)
+    assert all(torch.equal(a, b[valid]) for a, b in zip(of_alone, grads, strict=True))
+
+
+def test_all_places_valid_changes_no_bit():
+    z1, z2 = pair(4, 5, 6)
+    valid = torch.ones(4, 5, dtype=torch.bool)
+    torch.testing.assert_close(contrast(z1, z2, 0.3, valid=valid), contrast(z1, z2, 0.3), rtol=1e-14, atol=0)
+    given = value_and_gradients(patch_ntxent(z1, z2, valid=valid), z1, z2)
+    assert all(map(torch.equal, given, value_and_gradients(patch_ntxent(z1, z2), z1, z2)))
+    assert torch.equal(PatchNTXent(0.07)(z1, z2, valid), patch_ntxent(z1, z2, 0.07))
+
+
+def test_images_without_a_valid_place_drop_out():
+    z1, z2 = pair(5, 3, 6)
+    valid = torch.ones(5, 3, dtype=torch.bool)
+    valid[[0, 3]] = False
+    stay = [1, 2, 4]
+    expected = contrast(z1[stay], z2[stay], 0.3)
+    torch.testing.assert_close(contrast(z1, z2, 0.3, valid=valid), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_fewer_than_two_images_with_a_valid_place_give_zero(images):
+    z1, z2 = pair(3, 4, 5)
+    valid = torch.zeros(3, 4, dtype=torch.bool)
+    valid[:images, :3] = True
+    loss, chance, accuracy = contrast(*spoilt(z1, z2, valid), 0.3, valid=valid)
+    assert (loss.item(), chance.item()) == (0, 0)
+    assert accuracy.isnan()
+    _, g1, g2 = value_and_gradients(patch_ntxent(z1, z2, valid=valid), z1, z2)
+    assert torch.equal(g1, torch.zeros_like(z1))
+    assert torch.equal(g2, torch.zeros_like(z2))
+    assert patch_ntxent(z1[:0], z2[:0], valid=valid[:0]).item() == 0
+
+
+def test_valid_diagnostics():
+    z1, z2 = pair(3, 4, 5, noise=1.0)
+    valid = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1]]).bool()
+    _, chance, accuracy = contrast(*spoilt(z1, z2, valid), 0.3, valid=valid)
+    counts = [2, 1, 3]
+    assert chance.item() == pytest.approx(sum(n * math.log(1 + 2 * (6 - n)) for n in counts) / 6)
+    x1, x2 = (torch.nn.functional.normalize(z, dim=-1)[valid] for z in (z1, z2))
+    image = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    negatives = torch.cat([(x1 @ x.mT).masked_fill(image[:, None] == image, -2) for x in (x1, x2)], 1)
+    assert accuracy.item() == pytest.approx(((x1 * x2).sum(1) > negatives.amax(1)).double().mean().item())
+
+
+def test_numbers_are_looked_at_where_they_are_valid():
+    z1, z2 = (z.detach() for z in pair(3, 4, 5))
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    valid[0, 1] = False
+    z1[0, 1], z2[2, 2] = math.inf, math.nan
+    with pytest.raises(SERError, match="z2 with 1 of 11 tokens not finite"):
+        patch_ntxent(z1, z2, valid=valid)
+    valid[2, 2] = False
+    assert patch_ntxent(z1, z2, valid=valid).isfinite()
+
+
+def test_a_valid_place_in_one_dtype_or_another():
+    z1, z2 = pair(4, 6, 16)
+    valid = torch.rand(4, 6) < 0.6
+    exact = patch_ntxent(z1, z2, 0.3, valid)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        given = [z.detach().to(dtype).requires_grad_() for z in (z1, z2)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = patch_ntxent(*given, 0.3, valid)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+        assert torch.autograd.grad(loss, given[0])[0].dtype == dtype
 
 
 # Laws -----------------------------------------------------------------------------------------------------------
@@ -316,7 +419,7 @@ def test_never_a_number_from_features_that_are_none(side, bad, temperature, monk
     with pytest.raises(SERError, match=f"z{side + 1} with 1 of 20 tokens not finite"):
         patch_ntxent(*views, temperature)
     # Where looking would cost a synchronisation, the loss itself has to say so.
-    monkeypatch.setattr(ntxent, "_complaint", lambda *_: None)
+    monkeypatch.setattr(ntxent, "_complaint_of_numbers", lambda *_: None)
     assert patch_ntxent(*views, temperature).isnan()
     assert patch_ntxent(*(z.half() for z in views), temperature).isnan()
 
@@ -326,7 +429,7 @@ def test_features_too_long_to_be_measured_are_refused_and_large_ones_are_not(mon
     with pytest.raises(SERError, match=r"z2 with values up to .*e\+30\n  expected: numbers that can be squared"):
         patch_ntxent(z1, z2 * 1e31)
     assert patch_ntxent(z1 * 1e14, z2).item() == pytest.approx(patch_ntxent(z1, z2).item(), rel=1e-5)
-    monkeypatch.setattr(ntxent, "_complaint", lambda *_: None)  # where looking would make the host wait
+    monkeypatch.setattr(ntxent, "_complaint_of_numbers", lambda *_: None)  # where looking would make the host wait
     assert patch_ntxent(z1 * 1e30, z2).isnan()
 
 
@@ -355,6 +458,7 @@ def test_diagnostics(images, tokens):
 # Messages -------------------------------------------------------------------------------------------------------
 
 Z = torch.randn(3, 4, 8)
+V = torch.ones(3, 4, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +481,29 @@ Z = torch.randn(3, 4, 8)
         (Z[:1], Z[:1], {}, "z1 (1, 4, 8), 1 images in 1 processes\n  expected: at least 2 images"),
         (Z[:0], Z[:0], {}, "remedy:   partition_size(batch_size, ratio, world_size)"),
         (Z[:, :0], Z[:, :0], {}, "z1 (3, 0, 8)"),
+        (
+            Z[:1],
+            Z[:1],
+            {"valid": V[:, :3]},
+            "valid (3, 3), z1 (1, 4, 8)\n  expected: True or False for each token, (B, N)",
+        ),
+        (Z, Z, {"valid": V.view(3, 2, 2)}, "remedy:   valid.flatten(1)  # from (B, h, w)"),
+        (
+            Z,
+            Z,
+            {"valid": V.float()},
+            "valid of torch.float32\n  expected: a bool tensor (B, N)\n  remedy:   valid.bool()",
+        ),
+        (
+            Z,
+            Z,
+            {"valid": [[True]]},
+            "valid is a list\n  expected: a bool tensor (B, N)\n  remedy:   torch.tensor(valid)",
+        ),
+        (Z[0], Z[0], {"valid": V}, "4 tokens, 12 valid places\n  expected: the tokens of all places (B, N, D), or"),
+        (Z, Z[0], {"valid": V}, "expected: token lists (B, N, D)"),
+        (Z[None], Z[None], {"valid": V}, "expected: token lists (B, N, D)"),
+        (Z, Z, {"valid": V, "temperature": 0.0}, "remedy:   temperature=0.3"),
         (Z / 0, Z, {}, "given:    z1 with 12 of 12 tokens not finite\n  expected: finite features"),
         (Z, Z / 0, {}, "given:    z2 with 12 of 12 tokens not finite"),
     ],
@@ -425,10 +552,11 @@ def mutate(tmp_path, monkeypatch):
 def test_the_comparison_with_the_formula_finds_mutants(mutant, mutate):
     old, new = MUTANTS[mutant] if mutant else ("", "")
     index = list(MUTANTS).index(mutant) if mutant else "none"
-    mutated = mutate(f"ser_reg_mutant_{index}", "losses/streaming.py", old, new)
+    file = "losses/tokens.py" if mutant == "lengths of tokens matter" else "losses/streaming.py"
+    mutated = mutate(f"ser_reg_mutant_{index}", file, old, new)
     z1, z2 = pair(4, 3, 6)
     expected = value_and_gradients(literal_ntxent(z1, z2, 0.3), z1, z2)
-    found = value_and_gradients(mutated.patch_ntxent(z1, z2, 0.3, 5), z1, z2)
+    found = value_and_gradients(mutated.patch_ntxent(z1, z2, 0.3, chunk_size=5), z1, z2)
     assert close(found, expected) == (mutant is None)
 
 
@@ -442,7 +570,8 @@ from ser_reg.losses import patch_ntxent
 
 def step(images, tokens):
     z1, z2 = (torch.randn(images, tokens, 128, requires_grad=True) for _ in range(2))
-    loss = patch_ntxent(z1, z2, chunk_size=512) if sys.argv[1] == "streaming" else released_ntxent(z1, z2)
+    valid = torch.rand(images, tokens) < 0.9 if sys.argv[1] == "ragged" else None
+    loss = released_ntxent(z1, z2) if sys.argv[1] == "released" else patch_ntxent(z1, z2, valid=valid, chunk_size=512)
     loss.backward()
 
 def resident(field):
@@ -471,9 +600,10 @@ measures_memory = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W
 
 @pytest.mark.slow
 @measures_memory
+@pytest.mark.parametrize("form", ["streaming", "ragged"])
 @pytest.mark.parametrize(("small", "large"), [((16, 196), (64, 196)), ((4, 512), (4, 2048))])
-def test_memory_grows_like_the_tokens(small, large):
-    assert peak("streaming", *large) <= 5 * peak("streaming", *small)
+def test_memory_grows_like_the_tokens(small, large, form):
+    assert peak(form, *large) <= 5 * peak(form, *small)
 
 
 @pytest.mark.slow

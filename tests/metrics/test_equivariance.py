@@ -3,36 +3,13 @@
 import pytest
 import timm
 import torch
+from equivariant_vits import equivariant, orbit_stack, plain
 from torch import nn
 from torch.nn import functional as F
 
 from ser_reg import GroupElement, SERError, act, equivariance_score, patch_tokens
 from ser_reg.backbones.timm_vit import TimmViT
-from ser_reg.metrics import equivariance as module
-
-
-def plain(depth=3, **kwargs):
-    return timm.models.VisionTransformer(
-        img_size=24, patch_size=4, embed_dim=32, depth=depth, num_heads=2, num_classes=0, **kwargs
-    ).eval()
-
-
-def equivariant(**kwargs):
-    """Equivariant by construction: the colour of each patch, no positions, and blocks that look at one token."""
-    vit = plain(dynamic_img_size=True, **kwargs)
-    with torch.no_grad():
-        vit.pos_embed.zero_()
-        vit.patch_embed.proj.weight.copy_(vit.patch_embed.proj.weight.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4))
-    for block in vit.blocks:
-        block.attn = Alone()
-    return vit
-
-
-class Alone(nn.Module):
-    """Attention of each token to itself."""
-
-    def forward(self, tokens, **_):
-        return tokens
+from ser_reg.metrics import base as module
 
 
 def test_one_for_an_equivariant_network():
@@ -185,7 +162,7 @@ def test_equals_the_literal_score():
 def test_a_floor_is_never_of_the_image_itself(n, seed):
     """Each image has another one, and each is another one's."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    other = module._other(n, generator).tolist()
+    other = module.other_images(n, generator).tolist()
     assert sorted(other) == list(range(n))
     assert all(index != partner for index, partner in enumerate(other))
 
@@ -245,3 +222,16 @@ def test_scale_takes_away_and_adds_a_sixth_in_whole_patches(patches):
     sizes = [[max(1, n + sign * max(1, round(n / 6))) for n in (patches, patches + 3)] for sign in (-1, 1)]
     for g, size in zip((smaller, larger), sizes, strict=True):
         assert g.output_size(tuple(images.shape[-2:])) == tuple(4 * n for n in size)
+
+
+def test_channels_turn_with_the_tokens(monkeypatch):
+    """Of an orbit stack the score under its own action is 1; under the plain one it is not."""
+    monkeypatch.setattr(TimmViT, "maps", orbit_stack)
+    vit, images = plain(dynamic_img_size=True), torch.randn(4, 3, 24, 24)
+    regular, trivial = (equivariance_score(vit, images, [1], channels=word) for word in ("regular", "trivial"))
+    for name in ("rotation", "flip"):
+        assert regular[name][1]["raw"] == pytest.approx(1, abs=1e-5)
+        assert trivial[name][1]["raw"] < 0.7
+    assert regular["scale"][1]["raw"] == trivial["scale"][1]["raw"]
+    with pytest.raises(SERError, match="channels='odd'"):
+        equivariance_score(vit, images, channels="odd")

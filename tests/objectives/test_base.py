@@ -1,12 +1,17 @@
 """What all terms share, held by a term that gathers nothing and one that does."""
 
+import math
+
 import pytest
 import torch
 from processes import Here
 
 from ser_reg import GroupElement, SERError, View
+from ser_reg.geometry import Affine
 from ser_reg.objectives import OBJECTIVES, Objective, Output
-from ser_reg.objectives.base import matching
+from ser_reg.objectives.base import check_number, mean_over_ranks
+from ser_reg.objectives.measures import explained, feature_std, matching
+from ser_reg.objectives.reading import crops_of, drawn_of
 
 
 class Distance(Objective):
@@ -102,3 +107,108 @@ def test_maps_that_are_constant_over_space_match_nowhere():
     assert out.logs["matching"] == 0
     own = torch.randn(6, 8, 4, 4)
     assert OBJECTIVES["ser"](8).eval()([own, own.clone()], views(6)).logs["matching"] == 1
+
+
+def test_matching_asks_for_valid_places_alone():
+    """That of the same tokens without the places left out, image by image."""
+    z1 = torch.randn(8, 7, 6)
+    z2 = z1 + torch.randn(8, 7, 6)
+    valid = torch.rand(8, 7) < 0.6
+    valid[0] = False
+    hits, asked = 0.0, 0
+    for image in range(1, 8):
+        kept = valid[image]
+        hits += matching(z1[image, kept][None], z2[image, kept][None]).item() * int(kept.sum())
+        asked += int(kept.sum())
+    assert matching(z1, z2, valid=valid).item() == pytest.approx(hits / asked)
+    assert matching(z1, z2, valid=torch.ones_like(valid)) == matching(z1, z2)
+    assert matching(z1, z2, valid=torch.zeros_like(valid)).isnan()
+
+
+class Norm(Objective):
+    """A term of vectors."""
+
+    wants = "views = EquivariantViews(patch_size=4)(images)"
+    dense = False
+
+    def compare(self, features, views, group):
+        counts = self.image_counts("Norm", features, group)
+        each = features[0].flatten(1).square().mean(1) + features[1].flatten(1).square().mean(1)
+        return Output(mean_over_ranks(each, counts, group), {})
+
+
+def test_vectors_are_for_terms_that_are_not_dense():
+    z = torch.randn(2, 3, 8, requires_grad=True).unbind()
+    assert Norm(8)(z, views(3)).loss.item() == pytest.approx(sum(x.square().mean().item() for x in z))
+    with pytest.raises(SERError, match=r"token maps \(B, 8, h, w\)\n"):
+        Distance(8)(z, views(3))
+    with pytest.raises(SERError, match=r"or vectors \(B, 8\)"):
+        Norm(8)([x[:, :, None] for x in z], views(3))
+    with pytest.raises(SERError, match=r"1 images in 1 processes"):
+        Norm(8)([x[:1] for x in z], views(1))
+
+
+def norm_on_a_rank(here: Here, counts: list[int], training: list[bool], gradient: list[bool]) -> float:
+    n = counts[here.rank]
+    term = Norm(8).train(training[here.rank])
+    term._compared = 3  # calls, in which ranks that train compare their parameters
+    z = torch.full((2, n, 8), float(here.rank), requires_grad=gradient[here.rank]).unbind()
+    with torch.set_grad_enabled(gradient[here.rank]):
+        return term(z, views(n), here.group).loss.item()
+
+
+def test_means_are_over_images_and_ranks_have_to_agree(run):
+    both = [True, True]
+    assert sum(run(2, norm_on_a_rank, [1, 3], both, both)) / 2 == pytest.approx(2 * 3 / 4)
+    assert run(2, norm_on_a_rank, [0, 3], both, both)[0] == 0
+    for training, gradient, text in (
+        ([True, False], both, "training mode 1 on rank 0, 0 on rank 1"),
+        (both, [True, False], "requires_grad 1 on rank 0, 0 on rank 1"),
+    ):
+        for answer in run(2, norm_on_a_rank, [2, 2], training, gradient):
+            assert isinstance(answer, SERError), answer
+            assert text in answer.given
+
+
+def test_crops_and_draws_of_views():
+    box = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    one = View(torch.empty(3, 0), Affine.crop(box), {"hue": torch.zeros(3)})
+    torch.testing.assert_close(crops_of("call", one, 3, "wants").box, box.expand(3, 4))
+    assert len(crops_of("call", one, 0, "wants").box) == 0
+    assert list(drawn_of("call", one, ["hue"], 3, "wants")) == ["hue"]
+    whole = one._replace(relation=GroupElement.identity(3), drawn={})
+    slanted = one._replace(relation=Affine.rotation(30.0))
+    for call, text in (
+        (lambda: crops_of("call", whole, 3, "wants"), "a view moved by a GroupElement"),
+        (lambda: crops_of("call", slanted, 3, "wants"), "another angle or a shear in samples"),
+        (lambda: drawn_of("call", whole, ["hue", "grey"], 3, "wants"), r"no hue, grey in what was drawn \(nothing\)"),
+        (lambda: drawn_of("call", one, ["hue"], 2, "wants"), "3 values of hue for 2 images"),
+    ):
+        with pytest.raises(SERError, match=text) as caught:
+            call()
+        assert caught.value.remedy == "wants"
+
+
+def test_variance_explained():
+    target = torch.tensor([[0.0, 5.0], [2.0, 5.0], [4.0, 5.0]])
+    r2, chance = explained(target, target)
+    assert (r2, chance.item()) == (1, pytest.approx(8 / 3 / 2))
+    assert explained(target.mean(0).expand(3, 2), target)[0].item() == pytest.approx(0)
+    assert explained(target, torch.ones(3, 2))[0].isnan()
+    assert explained(target[:0], target[:0])[0].isnan()
+
+
+def test_spread_of_directions():
+    assert feature_std(torch.eye(4)).item() == pytest.approx(math.sqrt(3 / 4))
+    assert feature_std(torch.tensor([[1.0, 0], [3, 0]])).item() == 0
+    assert feature_std(torch.randn(2, 3, 5)).item() == pytest.approx(feature_std(torch.randn(6, 5)).item(), abs=0.3)
+    assert feature_std(torch.empty(0, 5)).isnan()
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "1", None])
+def test_weights_are_numbers(value):
+    with pytest.raises(SERError, match="not below 0"):
+        check_number("call", "crop", value, "crop=0.5")
+    check_number("call", "crop", 0, "crop=0.5")
+    with pytest.raises(SERError, match="a positive number"):
+        check_number("call", "temperature", 0, "temperature=0.2", positive=True)

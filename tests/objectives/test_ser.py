@@ -2,13 +2,17 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import timm
 import torch
-from elements import dihedral, element
+from elements import DIHEDRAL, dihedral, element
+from literal import literal_ntxent
+from processes import Here
 
 from ser_reg import (
+    Affine,
     EquivariantViews,
     GroupElement,
     SERError,
@@ -148,6 +152,331 @@ def test_double_stays_double(ser):
     assert torch.autograd.gradcheck(lambda a, b: ser([a, b], related(g)).loss, (z1, z2), fast_mode=True)
 
 
+# Crops ----------------------------------------------------------------------------------------------------------
+
+
+def cropped(*boxes, turns=0, flip=False):
+    """Crops by (top, left, height, width), of one image each, turned and flipped afterwards."""
+    return element(turns, flip) @ Affine.crop(torch.tensor(boxes, dtype=torch.float64))
+
+
+def random_crops(n, seed, smallest=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    sides = smallest + (1 - smallest) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    corner = (1 - sides) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    turns = torch.randint(4, (n,), generator=generator)
+    flip = torch.rand(n, generator=generator) < 0.5
+    g = GroupElement(turns, flip, torch.ones(n, 2, dtype=torch.float64))
+    return g @ Affine.crop(torch.cat([corner, sides], 1))
+
+
+def views_of(*relations):
+    return [View(torch.empty(0), relation, {}) for relation in relations]
+
+
+def frame(size):
+    """(2, h·w): row and column of the centres of places, in half sides."""
+    rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in size)
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij")])
+
+
+def seen(relation1, relation2, size):
+    """(B, N) bool by brute force: each place of view 2 is carried to the whole image, and on to view 1."""
+    found = torch.zeros(len(relation1), size[0] * size[1], dtype=torch.bool)
+    for i in range(len(relation1)):
+        for j, place in enumerate(frame(size).T):
+            in_whole = torch.linalg.solve(relation2.matrix[i], torch.cat([place, torch.ones(1, dtype=torch.float64)]))
+            in_first = relation1.matrix[i] @ in_whole
+            found[i, j] = bool(in_first[:2].abs().max() <= 1 + 1e-9)
+    return found
+
+
+def smooth_images(n, dim, seed=0):
+    """A function of (row, column) of the whole image for each of n images: (n, dim) of places (n, 2, N), slow waves."""
+    generator = torch.Generator().manual_seed(seed)
+    wave, phase = (
+        torch.randn(n, dim, 2, generator=generator).double(),
+        6 * torch.rand(n, dim, 1, generator=generator).double(),
+    )
+    return lambda places: torch.sin(1.5 * wave @ places + phase)
+
+
+def equivariant_map(image, relation, size):
+    """What an exactly equivariant network sees of an image through a view: its values at the centres of patches."""
+    places = torch.cat([frame(size), torch.ones(1, size[0] * size[1], dtype=torch.float64)])
+    in_whole = torch.linalg.inv(relation.matrix) @ places
+    return image(in_whole[:, :2]).unflatten(-1, size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_equivariant_network_has_the_loss_of_the_true_correspondence(seed):
+    """Whatever the crops, turns and flips: up to resampling between places, which slow waves hardly feel."""
+    ser = SERLoss(24, projection_dim=32).double().eval()
+    image, size = smooth_images(5, 24, seed), (9, 11)
+    relation1, relation2 = random_crops(5, seed), random_crops(5, seed + 100)
+    z1, z2 = (equivariant_map(image, relation, size) for relation in (relation1, relation2))
+    valid = seen(relation1, relation2, size)
+    out = ser([z1, z2], views_of(relation1, relation2))
+    tokens = ser.projector(z2.flatten(2).mT)
+    true = patch_ntxent(tokens, tokens, 0.3, valid)
+    assert out.logs["valid"].item() == pytest.approx(valid.double().mean().item())
+    assert 0 < out.logs["valid"] < 1
+    assert out.loss.item() == pytest.approx(true.item(), abs=0.03)
+    assert out.loss < out.logs["chance"] - 0.5
+    other = views_of(relation1, random_crops(5, seed + 200))
+    assert ser([z1, z2], other).loss > out.loss + 0.3
+
+
+@pytest.mark.parametrize("channels", ["trivial", "regular"])
+def test_equals_the_formula_read_literally(channels):
+    """Values and gradients, of maps and of the projector; places that were not seen have none."""
+    ser = SERLoss(8, projection_dim=6, temperature=0.2, channels=channels).double()
+    relation1, relation2 = random_crops(3, 1), random_crops(3, 2)
+    z1, z2 = torch.randn(3, 8, 4, 3, dtype=torch.float64), torch.randn(3, 8, 3, 4, dtype=torch.float64)
+    z1.requires_grad_(), z2.requires_grad_()
+    valid = seen(relation1, relation2, (3, 4))
+    g = relation2 @ ~relation1
+    acted, _ = g.warp(z1, (3, 4))
+    if channels == "regular":
+        acted = torch.stack([turned_channels(z, g.turns[i].item(), bool(g.flip[i])) for i, z in enumerate(acted)])
+    norm, first, _, second = ser.projector
+    tokens = []
+    for z in (acted, z2):
+        x = z.flatten(2).mT
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        tokens.append(torch.nn.functional.gelu((x * norm.weight + norm.bias) @ first.weight.mT) @ second.weight.mT)
+    wanted = literal_ntxent(*tokens, 0.2, valid=valid)
+    out = ser([z1, z2], views_of(relation1, relation2))
+    assert 0 < out.logs["valid"] < 1
+    given = [z1, z2, *ser.parameters()]
+    torch.testing.assert_close(out.loss, wanted, rtol=1e-10, atol=1e-10)
+    grads = torch.autograd.grad(out.loss, given)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, given), rtol=1e-9, atol=1e-9)
+    assert not grads[1].flatten(2).mT[~valid].any()
+
+
+@pytest.mark.parametrize(
+    ("second", "count"),
+    [
+        ([(0.0, 0.0, 0.5, 1.0)] * 2, 24),  # one and the same crop: all places
+        ([(0.0, 0.0, 0.5, 0.5), (0.0, 0.0, 0.25, 1.0)], 24),  # inside the first crop
+        ([(0.25, 0.0, 0.5, 1.0)] * 2, 16),  # two rows of three: the second is on the edge, which counts
+        ([(0.3, 0.7, 0.7, 0.5)] * 2, 4),  # a corner
+        ([(0.4, 0.85, 0.4, 0.8)] * 2, 2),  # one place each
+        ([(0.5, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)], 0),  # an image alone has no negatives
+        ([(0.5, 0.0, 0.5, 1.0)] * 2, 0),  # none
+    ],
+)
+def test_places_that_both_crops_have_seen(ser, second, count):
+    first = [(0.0, 0.0, 0.5, 1.0)] * 2
+    z1, z2 = torch.randn(2, 2, DIM, 3, 4, requires_grad=True)
+    views = views_of(cropped(*first), cropped(*second))
+    rows = []
+    ser.projector.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
+    out = ser([z1, z2], views)
+    valid = seen(views[0].relation, views[1].relation, (3, 4))
+    assert count in (valid.sum(), 0)
+    assert rows == [(int(valid.sum()), DIM)] * 2  # nothing else is projected
+    assert out.logs["valid"].item() == pytest.approx(count / 24)
+    assert out.loss.isfinite()
+    assert (out.loss > 0) == (count > 0)
+    assert (out.logs["chance"] > 0) == (count > 0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_overlap_in_a_batch_gives_zero_and_gradients_of_zeros(vit, ser, alone):
+    """DDP waits for a gradient of every parameter, and must not wait for ever."""
+    upper, lower = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 0.5, 1.0)
+    views = views_of(cropped(upper, upper, upper), cropped(upper if alone else lower, lower, lower))
+    z = [patch_tokens(vit, torch.rand(3, 3, 24, 24), LAYER) for _ in range(2)]
+    out = ser(z, views)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert {name: out.logs[name].item() for name in ("chance", "valid")} == {"chance": 0, "valid": 0}
+    assert out.logs["accuracy"].isnan()
+    assert alone or out.logs["matching"].isnan()
+    early = [p for name, p in vit.named_parameters() if name.startswith(("patch_embed", "blocks.0", "blocks.1"))]
+    for parameter in [*early, *ser.parameters()]:
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_affine_relations_that_cut_nothing_off_are_elements():
+    """The same number in every bit, be the whole image called a crop or not, on one side or on both."""
+    ser, g, h = SERLoss(DIM, projection_dim=48).eval(), dihedral(4), dihedral(4)
+    z1, z2 = torch.randn(2, 4, DIM, 5, 5)
+    expected = ser([z1, z2], views_of(g, h))
+    whole = Affine.identity(4)
+    for relations in ((whole @ g, whole @ h), (g, whole @ h), (whole @ g, h)):
+        out = ser([z1, z2], views_of(*relations))
+        assert torch.equal(out.loss, expected.loss)
+        assert out.logs == expected.logs
+    assert expected.logs["valid"] == 1
+
+
+def test_one_relation_for_all_images(ser):
+    z1, z2 = torch.randn(2, 3, DIM, 4, 5)
+    box1, box2 = (0.0, 0.1, 0.8, 0.7), (0.2, 0.0, 0.8, 0.9)
+    every = ser.eval()([z1, z2], views_of(cropped(*[box1] * 3), cropped(*[box2] * 3)))
+    one = ser([z1, z2], views_of(cropped(box1), cropped(box2)))
+    assert torch.equal(one.loss, every.loss)
+    assert torch.equal(one.logs["valid"], every.logs["valid"])
+
+
+def test_matching_looks_at_valid_places_of_some_images():
+    """Twenty images, of which ten have valid places; against the loops over those that are looked at."""
+    ser = SERLoss(8, projection_dim=6).eval()
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, 20, 8, 4, 4, generator=generator)
+    z2 = z1 + 0.8 * z2
+    lower, rest = (0.5, 0.0, 0.5, 1.0), (0.2, 0.1, 0.7, 0.8)
+    relation1, relation2 = cropped(*[(0.0, 0.0, 0.5, 1.0)] * 20), cropped(*[lower, rest] * 10)
+    valid = seen(relation1, relation2, (4, 4))
+    chosen = [1 + 2 * (i * 10 // 8) for i in range(8)]
+    acted, _ = (relation2 @ ~relation1).warp(z1, (4, 4))
+    tokens1, tokens2 = (ser.projector(z.flatten(2).mT) for z in (acted, z2))
+    hits = []
+    for i in chosen:
+        places = valid[i].nonzero().flatten().tolist()
+        for j in places:
+            cosines = {k: torch.cosine_similarity(tokens1[i, j], tokens2[i, k], dim=0).item() for k in places}
+            hits.append(max(cosines, key=cosines.get) == j)
+    out = ser([z1, z2], views_of(relation1, relation2))
+    assert 0 < sum(hits) < len(hits)
+    assert out.logs["matching"].item() == pytest.approx(sum(hits) / len(hits))
+
+
+# Channels -------------------------------------------------------------------------------------------------------
+
+
+def turned_channels(z, turns, flip):
+    """What g = R^turns F^flip does to eight blocks of channels, one a turn and flip: block k comes from block g⁻¹k."""
+    blocks = z.chunk(8)
+    undone = [None] * 8
+    for k_turns, k_flip in DIHEDRAL:  # g k = R^(turns ± k_turns) F^(flip xor k_flip)
+        product = (turns + (-1) ** flip * k_turns) % 4 + 4 * (flip ^ k_flip)
+        undone[product] = blocks[k_turns + 4 * k_flip]
+    return torch.cat(undone)
+
+
+def orbit_stack(x, weight):
+    """Block k is k φ(k⁻¹ x), of a φ that is not equivariant at all: it turns by the regular representation."""
+    ks = [element(turns, flip) for turns, flip in DIHEDRAL]
+    return torch.cat([act(k, torch.nn.functional.conv2d(act(~k, x), weight, stride=PATCH)) for k in ks], 1)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_map_that_turns_its_channels_is_fixed_by_the_regular_action_alone(affine):
+    images, weight = torch.randn(8, 3, 24, 24), torch.randn(5, 3, PATCH, PATCH)
+    g = dihedral(8)
+    z1, z2 = orbit_stack(images, weight), orbit_stack(act(g, images), weight)
+    relation = Affine.of(g) if affine else g
+    for channels, fixed in (("regular", True), ("trivial", False)):
+        ser = SERLoss(40, projection_dim=24, channels=channels).eval()
+        out = ser([z1, z2], views_of(GroupElement.identity(8), relation))
+        tokens = ser.projector(z2.flatten(2).mT)
+        true = patch_ntxent(tokens, tokens, 0.3)
+        assert (abs(out.loss - true) < 1e-5) == fixed
+        assert (out.logs["matching"] == 1) == fixed
+    assert "channels='trivial'" in repr(ser)
+
+
+def test_channels_move_with_the_relation():
+    """Not with either view, and as eight blocks in the order of turns + 4 · flip."""
+    ser = SERLoss(16, channels="regular").eval()
+    z1, z2, g, h = torch.randn(5, 16, 3, 3), torch.randn(5, 16, 3, 3), dihedral(5), dihedral(5)
+    there = h @ ~g
+    acted = act(there, z1)
+    moved = torch.stack([turned_channels(z, there.turns[i].item(), bool(there.flip[i])) for i, z in enumerate(acted)])
+    plain = SERLoss(16)
+    plain.load_state_dict(ser.state_dict())  # channels have no weights
+    expected = plain.eval()([moved, z2], views_of(*2 * [GroupElement.identity(5)])).loss
+    assert torch.equal(ser([z1, z2], views_of(g, h)).loss, expected)
+
+
+def test_regular_channels_compile():
+    views = EquivariantViews(PATCH)(torch.rand(4, 3, 24, 24), torch.Generator().manual_seed(0))
+    ser = SERLoss(16, projection_dim=8, channels="regular")
+    z = [torch.randn(4, 16, *(side // PATCH for side in view.images.shape[-2:]), requires_grad=True) for view in views]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: ser([a, b], views).loss, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(*z), ser(z, views).loss)
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------
+
+
+def crop_batch(n, channels="trivial"):
+    relation1, relation2 = random_crops(n, 3), random_crops(n, 4)
+    generator = torch.Generator().manual_seed(5)
+    z1, z2 = (torch.randn(2, n, 8, 3, 4, generator=generator, dtype=torch.float64)).unbind()
+    torch.manual_seed(0)
+    return z1, z2, relation1, relation2, SERLoss(8, projection_dim=6, channels=channels).double()
+
+
+def term_of_shard(here, bounds, channels, boxes=None):
+    z1, z2, relation1, relation2, ser = crop_batch(bounds[-1], channels)
+    if boxes is not None:
+        relation1, relation2 = (cropped(*each) for each in boxes)
+    mine = slice(bounds[here.rank], bounds[here.rank + 1])
+    z1, z2 = (z[mine].clone().requires_grad_() for z in (z1, z2))
+    out = ser([z1, z2], views_of(relation1[mine], relation2[mine]), here.group)
+    out.loss.backward()
+    return out.loss.detach(), out.logs, z1.grad, z2.grad, [p.grad for p in ser.parameters()]
+
+
+@pytest.mark.parametrize("channels", ["trivial", "regular"])
+@pytest.mark.parametrize("bounds", [[0, 2, 6], [0, 0, 6], [0, 1, 1, 4, 6], [0, 6, 6, 6, 6]])
+def test_crops_on_any_number_of_ranks_equal_one_process(bounds, channels, run):
+    world = len(bounds) - 1
+    answers = run(world, term_of_shard, bounds, channels)
+    agree_with_one_process(answers, bounds, channels)
+
+
+def agree_with_one_process(answers, bounds, channels="trivial", boxes=None):
+    world = len(answers)
+    loss, logs, g1, g2, of_heads = term_of_shard(Here(0, None), [0, bounds[-1]], channels, boxes)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(sum(answer[0] for answer in answers) / world, loss, **close)
+    torch.testing.assert_close(torch.cat([answer[2] for answer in answers]) / world, g1, **close)
+    torch.testing.assert_close(torch.cat([answer[3] for answer in answers]) / world, g2, **close)
+    for i, grad in enumerate(of_heads):
+        torch.testing.assert_close(sum(answer[4][i] for answer in answers) / world, grad, **close)
+    shares = [(answer[1]["valid"], b - a) for answer, (a, b) in zip(answers, pairwise(bounds), strict=True)]
+    assert sum(share * n for share, n in shares if n).item() / bounds[-1] == pytest.approx(logs["valid"].item())
+    assert all(share.isnan() for share, n in shares if not n)
+    for answer in answers:
+        torch.testing.assert_close(answer[1]["chance"], logs["chance"])
+
+
+@pytest.mark.parametrize("overlaps", [[], [1], [1, 2], [0, 1]])
+def test_ranks_without_any_overlap(overlaps, run):
+    """None anywhere, on one rank alone, on both."""
+    upper, lower = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 0.5, 1.0)
+    boxes = [upper] * 4, [upper if i in overlaps else lower for i in range(4)]
+    answers = run(2, term_of_shard, [0, 2, 4], "trivial", boxes)
+    agree_with_one_process(answers, [0, 2, 4], boxes=boxes)
+    if len(overlaps) < 2:
+        assert all(answer[0] == 0 and answer[1]["valid"] == 0 for answer in answers)
+        assert not any(grad.any() for answer in answers for grad in answer[4])
+
+
+def test_whole_images_on_one_rank_and_crops_on_another(run):
+    answers = run(2, mixed_shard)
+    z1, z2, _, relation2, ser = crop_batch(4)
+    relation1 = Affine.identity(4)
+    relation2 = Affine(torch.cat([Affine.identity(2).matrix, relation2[2:].matrix]))
+    loss = ser([z1.requires_grad_(), z2], views_of(relation1, relation2)).loss
+    assert sum(answer.item() for answer in answers) / 2 == pytest.approx(loss.item(), rel=1e-9)
+
+
+def mixed_shard(here):
+    z1, z2, _, relation2, ser = crop_batch(4)
+    mine = slice(2 * here.rank, 2 * here.rank + 2)
+    views = views_of(GroupElement.identity(2), relation2[mine] if here.rank else GroupElement.identity(2))
+    return ser([z1[mine].requires_grad_(), z2[mine]], views, here.group).loss.detach()
+
+
 def test_size_of_the_projector():
     assert sum(p.numel() for p in SERLoss(384).parameters()) == 384 * 512 + 512 * 512 + 2 * 384
     assert "temperature=0.3" in repr(SERLoss(8))
@@ -196,6 +525,8 @@ def test_bad_input_says_what_to_type(ser, call, text):
         (lambda: SERLoss(8, projection_dim=2.5), "projection_dim=2.5"),
         (lambda: SERLoss(8, temperature=0), "temperature=0"),
         (lambda: SERLoss(8, temperature=math.nan), "temperature=nan"),
+        (lambda: SERLoss(8, channels="odd"), "SERLoss(8, channels='odd')"),
+        (lambda: SERLoss(12, channels="regular"), "12 channels\n  expected: a multiple of 8"),
     ],
 )
 def test_bad_settings(make, text):

@@ -1,6 +1,7 @@
 """The policy T_eq: what is shared within a view, what is drawn for each sample, and that it all fits together."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ser_reg import IMAGENET, EquivariantViews, GroupElement, SERError, act, relation
+from ser_reg.views import Photometric
 
 PATCH = 4
+GPU = SimpleNamespace(device=torch.device("cuda"))  # stands for a generator there
 
 
 def patch_means(images):
@@ -174,6 +177,12 @@ def test_no_image_still_has_a_grid():
         (lambda: EquivariantViews(normalize=IMAGENET)(255 * torch.rand(2, 3, 32, 32)), "make_views(images / 255)"),
         (lambda: EquivariantViews(normalize=IMAGENET)(torch.full((2, 3, 32, 32), 2.1)), "from 2.1 to 2.1"),
         (lambda: EquivariantViews(normalize=IMAGENET)(torch.full((2, 3, 32, 32), -1.1)), "from -1.1 to -1.1"),
+        (lambda: EquivariantViews(photometric=0.4), "EquivariantViews(photometric=Photometric())"),
+        (lambda: EquivariantViews(photometric=(None, None, None)), "one for each view"),
+        (lambda: EquivariantViews(4, photometric=Photometric())(torch.rand(2, 1, 32, 32)), "red, green and blue"),
+        (lambda: EquivariantViews(4)(torch.rand(2, 3, 32, 32), GPU), "a generator on cuda"),
+        (lambda: EquivariantViews(4).draw(2, (32, 32), GPU), "generator = torch.Generator().manual_seed(0)"),
+        (lambda: EquivariantViews(4).render(torch.rand(2, 3, 32, 32), None, GPU), "a generator on cuda"),
         (lambda: EquivariantViews()([torch.rand(2, 3, 32, 32), torch.ones(2)]), "images[0]  # of (images, labels)"),
         (lambda: EquivariantViews()(torch.rand(2, 3, 32, 32).numpy()), "torch.from_numpy(images)"),
         (lambda: EquivariantViews()([Image.new("RGB", (32, 32))]), "to_tensor(image) for image in images"),
@@ -203,14 +212,89 @@ def test_photometric_part_sees_the_upright_image_and_each_view_is_resampled_bicu
     images = (torch.rand(4, 3, 32, 32) > 0.5).float()
     plan = EquivariantViews(PATCH).draw(4, (32, 32), torch.Generator().manual_seed(0))
     views = EquivariantViews(PATCH, photometric=lambda x: (x > 0.5).float()).render(images, plan)
-    for view, g in zip(views, plan, strict=True):
-        assert torch.equal(view.images, act(g, images, antialias=True))
+    for view, g in zip(views, (plan.first, plan.second), strict=True):
+        assert torch.equal(view.images, act(g, images, antialias=True).clamp(0, 1))
         assert not torch.isin(view.images, torch.tensor([0.0, 1.0])).all()
         size = g.output_size((32, 32))[:: -1 if g.turns[0] % 2 else 1]
         resized = F.interpolate(images, size, mode="bicubic", antialias=True)
         for found, x, k, flip in zip(view.images, resized, g.turns.tolist(), g.flip, strict=True):
-            moved = torch.rot90(x.flip(-1) if flip else x, k, (-2, -1))
+            moved = torch.rot90(x.flip(-1) if flip else x, k, (-2, -1)).clamp(0, 1)
             torch.testing.assert_close(found, moved, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("photometric", [None, Photometric(), (Photometric(solarize=1), None)])
+def test_values_stay_in_the_range_that_they_had(photometric):
+    """Each image in its own, or in [0, 1]: what bicubic resampling overshoots is clamped."""
+    images = (torch.rand(6, 3, 32, 32) > 0.5).float()
+    make_views = EquivariantViews(PATCH, photometric=photometric)
+    plan = make_views.draw(6, (32, 32), torch.Generator().manual_seed(0))
+    for view, g in zip(make_views.render(images, plan), (plan.first, plan.second), strict=True):
+        assert 0 <= view.images.min() < view.images.max() <= 1
+        assert act(g, images, antialias=True).max() > 1.05
+    if photometric is None:
+        high = torch.tensor([1.0, 255, 2, 0.5, 1, 1])[:, None, None, None]
+        low = torch.tensor([0.0, 0, -2, 0.2, 0, -1])[:, None, None, None]
+        for view in make_views.render(low + (high - low) * images, plan):
+            assert (view.images >= low.clamp(max=0)).all()
+            assert (view.images <= high.clamp(min=1)).all()
+            assert view.images[1].max() == 255
+            assert view.images[2].min() == -2
+
+
+def test_geometry_is_the_same_whatever_the_photometric_part():
+    images = torch.rand(6, 3, 24, 28)
+    plain = EquivariantViews(PATCH)(images, torch.Generator().manual_seed(3))
+    for photometric in (Photometric(), (None, Photometric()), torch.ones_like, (Photometric(), torch.ones_like)):
+        views = EquivariantViews(PATCH, photometric=photometric)(images, torch.Generator().manual_seed(3))
+        for one, other in zip(plain, views, strict=True):
+            assert one.relation == other.relation
+            assert one.images.shape == other.images.shape
+
+
+def test_colours_are_drawn_apart_recorded_and_changed_ahead_of_the_geometry():
+    images = torch.rand(6, 3, 24, 28)
+    photometric = Photometric(solarize=0.5)
+    make_views = EquivariantViews(PATCH, photometric=photometric)
+    plan = make_views.draw(6, (24, 28), torch.Generator().manual_seed(3))
+    called = make_views(images, torch.Generator().manual_seed(3))
+    views = zip(called, make_views.render(images, plan), (plan.first, plan.second), plan.photometric, strict=True)
+    for view, rendered, g, drawn in views:
+        assert torch.equal(view.images, rendered.images)
+        assert view.drawn.keys() == drawn.keys()
+        assert all(torch.equal(view.drawn[name], drawn[name]) for name in drawn)
+        assert torch.equal(view.images, act(g, photometric.apply(images, drawn), antialias=True).clamp(0, 1))
+    assert not torch.equal(plan.photometric[0]["brightness"], plan.photometric[1]["brightness"])
+    for index in (slice(1, None, 2), [4, 0], 3):
+        some = [index] if isinstance(index, int) else index
+        for one, other in zip(make_views.render(images[some], plan[index]), called, strict=True):
+            assert torch.equal(one.images, other[index].images)
+            assert torch.equal(one.drawn["order"], other[index].drawn["order"])
+
+
+def test_each_view_may_have_a_photometric_part_of_its_own():
+    """MoCo-v3 blurs one view always, and solarizes the other now and then."""
+    images = torch.rand(4, 3, 24, 24)
+    never = {"jitter": 0, "grey": 0, "blur": 0}
+    pair = Photometric(**never, solarize=1), Photometric(**never)
+    view1, view2 = EquivariantViews(PATCH, (1, 1), (1, 1), photometric=pair)(images)
+    assert view1.drawn["solarize"].all()
+    assert not view2.drawn["solarize"].any()
+    assert view1.images.max() < 0.51
+    assert torch.equal(act(~view2.relation, view2.images), images)
+    view1, view2 = EquivariantViews(PATCH, (1, 1), (1, 1), photometric=(None, torch.ones_like))(images)
+    assert torch.equal(act(~view1.relation, view1.images), images)
+    assert (view2.images == 1).all()
+    with pytest.raises(SERError, match="moves what is in the image"):
+        EquivariantViews(PATCH, photometric=(pair[0], lambda x: x.flip(-1)))(images)
+
+
+def test_no_image_draws_no_colour_and_nothing_is_read_from_the_device():
+    view, _ = EquivariantViews(PATCH, photometric=Photometric())(torch.zeros(0, 3, 24, 24))
+    assert {len(values) for values in view.drawn.values()} == {0}
+    make_views = EquivariantViews(PATCH, (1, 1), (1, 1), photometric=Photometric(), normalize=IMAGENET)
+    plan = make_views.draw(4, (24, 24))
+    for view in make_views.render(torch.rand(4, 3, 24, 24, device="meta"), plan):  # whoever reads a value raises
+        assert view.images.device.type == "meta"
 
 
 def test_normalises_last():

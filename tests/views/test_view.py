@@ -6,11 +6,12 @@ import pytest
 import torch
 from elements import elements
 from hypothesis import given
+from torch.utils.data import default_collate
 
-from ser_reg import GroupElement, SERError, View, relation
+from ser_reg import Affine, GroupElement, SERError, View, relation
 
 
-def view(g: GroupElement) -> View:
+def view(g: GroupElement | Affine) -> View:
     n = len(g)
     return View(torch.rand(n, 3, 4, 4), g, {"hue": torch.arange(n), "order": torch.rand(n, 4)})
 
@@ -48,3 +49,45 @@ def test_a_view_is_a_tuple_that_travels():
 def test_what_is_no_view_is_named():
     with pytest.raises(SERError, match="view2 is a Tensor"):
         relation(view(GroupElement.identity(2)), torch.rand(2, 3, 4, 4))
+
+
+def crops(n: int) -> Affine:
+    return Affine.crop(0.2 + 0.2 * torch.rand(n, 4, dtype=torch.float64)) @ GroupElement.sample(n)
+
+
+@given(elements())
+def test_a_relation_is_of_elements_iff_both_are(g):
+    crop1, crop2 = crops(3), crops(3)
+    assert isinstance(relation(view(g), view(~g)), GroupElement)
+    for first, second in ((crop1, crop2), (g, crop2), (crop1, g)):
+        found = relation(view(first), view(second))
+        assert isinstance(found, Affine)
+        there, back = (each if isinstance(each, Affine) else Affine.of(each) for each in (second, first))
+        assert found.allclose(there @ ~back)
+        assert (found @ first).allclose(there)
+
+
+def test_views_of_crops_are_views_like_others():
+    whole = view(crops(5))
+    assert whole[[3, 0]].relation == whole.relation[[3, 0]]
+    assert whole[-1].relation == whole.relation[4]
+    assert whole.to("cpu").relation == whole.relation
+    assert pickle.loads(pickle.dumps(whole)).relation == whole.relation
+
+
+@pytest.mark.parametrize("relations", [crops(5), GroupElement.sample(5)], ids=["crops", "elements"])
+@pytest.mark.parametrize("names", [(), ("hue", "order")])
+def test_default_collate_makes_a_batch_of_single_images(relations, names):
+    """As a data set gives them: an image, a relation of length one, draws if any; pairs of views and labels too."""
+    drawn = {"hue": torch.rand(5), "order": torch.randint(4, (5, 4))}
+    single = [View(torch.rand(3, 4, 4), relations[i], {name: drawn[name][i] for name in names}) for i in range(5)]
+    batch = default_collate(single)
+    assert isinstance(batch, View)
+    assert torch.equal(batch.images, torch.stack([each.images for each in single]))
+    assert batch.relation == relations
+    assert batch.drawn.keys() == set(names)
+    assert all(torch.equal(batch.drawn[name], drawn[name]) for name in names)
+    (view1, view2), labels = default_collate([((each, each), i) for i, each in enumerate(single)])
+    assert isinstance(view1, View)
+    assert view2.relation == relations
+    assert labels.tolist() == list(range(5))

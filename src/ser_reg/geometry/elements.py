@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import require
+from .checks import check_fields
+
+if TYPE_CHECKING:
+    from .affine import Affine
 
 __all__ = ["GroupElement", "check_ranges", "side_factors"]
 
@@ -58,7 +63,7 @@ class GroupElement:
         self, turns: Tensor, flip: Tensor, scale: Tensor, *, _kind: tuple[bool, float, float] | None = None
     ) -> None:
         if _kind is None:
-            self._check(turns, flip, scale)
+            check_fields(turns, flip, scale)
         self.turns = turns.remainder(4)
         self.flip = flip
         self.scale = scale
@@ -76,46 +81,6 @@ class GroupElement:
             lambda: f"scale from {scale.min():g} to {scale.max():g}",
             "factors that are positive and finite",
             "scale = torch.ones(len(turns), 2, dtype=torch.float64)",
-        )
-
-    @staticmethod
-    def _check(turns: Tensor, flip: Tensor, scale: Tensor) -> None:
-        call = "GroupElement(turns, flip, scale)"
-        fields = {"turns": turns, "flip": flip, "scale": scale}
-        for name, field in fields.items():
-            require(
-                isinstance(field, Tensor),
-                call,
-                f"{name} is {type(field).__name__}",
-                "three tensors",
-                "GroupElement(torch.tensor([1]), torch.tensor([False]), torch.ones(1, 2, dtype=torch.float64))",
-            )
-        n = len(turns) if turns.ndim else 0
-
-        def listed(attribute: str, words: str = "{} {}") -> str:
-            return ", ".join(words.format(name, getattr(field, attribute)) for name, field in fields.items())
-
-        shapes = {name: tuple(field.shape) for name, field in fields.items()}
-        require(
-            shapes == {"turns": (n,), "flip": (n,), "scale": (n, 2)},
-            call,
-            ", ".join(f"{name} {shape}" for name, shape in shapes.items()),
-            "turns (B,), flip (B,), scale (B, 2) of one length B",
-            "scale = torch.ones(len(turns), 2, dtype=torch.float64)",
-        )
-        require(
-            [field.dtype for field in fields.values()] == [torch.int64, torch.bool, torch.float64],
-            call,
-            lambda: listed("dtype"),
-            "turns int64, flip bool, scale float64",
-            "GroupElement(turns.long(), flip.bool(), scale.double())",
-        )
-        require(
-            len({field.device for field in fields.values()}) == 1,
-            call,
-            lambda: listed("device", "{} on {}"),
-            "all on one device",
-            "GroupElement(turns.cpu(), flip.cpu(), scale.cpu())",
         )
 
     @classmethod
@@ -197,8 +162,19 @@ class GroupElement:
         dihedral = torch.randint(8, (n,), generator=generator, device=device).cpu()
         return cls(dihedral % 4, dihedral >= 4, side_factors(uniform[0], uniform[1], scale, ratio))
 
-    def __matmul__(self, other: GroupElement) -> GroupElement:
-        """``g @ h``: the element that acts with h first, then with g. Lengths are equal, or one of them is 1."""
+    @overload
+    def __matmul__(self, other: GroupElement) -> GroupElement: ...
+
+    @overload
+    def __matmul__(self, other: Affine) -> Affine: ...
+
+    def __matmul__(self, other: GroupElement | Affine) -> GroupElement | Affine:
+        """``g @ h``: the element that acts with h first, then with g. Lengths are equal, or one of them is 1.
+
+        With an `Affine`, which has no scale, it is an Affine.
+        """
+        if not isinstance(other, GroupElement):
+            return NotImplemented
         shorter = min(len(self), len(other))
         require(
             len(self) == len(other) or 1 in (len(self), len(other)),
@@ -288,6 +264,41 @@ class GroupElement:
         turn = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
         mirror = torch.stack([torch.ones_like(cos), torch.where(self.flip, -1.0, 1.0).to(cos)], -1)
         return turn * (mirror * self.scale)[:, None, :] + 0.0  # + 0.0 turns -0 into 0
+
+    def warp(
+        self, maps: Tensor, size: tuple[int, int] | None = None, fill: str = "edge", mode: str = "bicubic"
+    ) -> tuple[Tensor, None]:
+        """What `act` makes of the maps, as ``Affine.warp`` is called: no place is without content.
+
+        Args:
+            maps: (B, D, H, W).
+            size: (h, w) that is expected; ``g.output_size((H, W))`` or None. No elements and no maps make any.
+            fill: "edge"; nothing is filled.
+            mode: "bicubic" or "bilinear", how scaling resamples.
+
+        Returns:
+            (B, D, h, w), and None: all places are valid.
+
+        Raises:
+            SERError: as `act`; or a size that the elements do not make, or another fill.
+
+        Example:
+            >>> maps, valid = GroupElement.turn(1).warp(torch.rand(2, 8, 4, 6), size=(6, 4))
+            >>> maps.shape, valid
+            (torch.Size([2, 8, 6, 4]), None)
+        """
+        from .action import act  # which knows elements
+
+        call = f"g.warp(maps, size={size}, fill={fill!r})"
+        remedy = "Affine.of(g).warp(maps, size, fill)"
+        require(fill == "edge", call, f"fill={fill!r}", "'edge': elements leave no place to fill", remedy)
+        if not len(self) and isinstance(maps, Tensor) and maps.ndim == 4 and not len(maps):
+            return maps.reshape(0, maps.shape[1], *(size or maps.shape[-2:])), None
+        moved = act(self, maps, mode)
+        made = tuple(moved.shape[-2:])
+        given, fits = f"elements that make maps of {made}", isinstance(size, (tuple, list)) and tuple(size) == made
+        require(size is None or fits, call, given, "that size, or None", remedy)
+        return moved, None
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the grid that every element of the batch makes of a grid of this size.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +63,12 @@ def embedded_photographs() -> dict[str, Tensor]:
     return {name: t.permute(2, 0, 1) if t.ndim == 3 else t.expand(3, -1, -1) for name, t in tensors.items()}
 
 
-def read_image(file: str | Path | BinaryIO, name: str | None = None, remedy: str | None = None) -> Image.Image:
+def read_image(
+    file: str | Path | BinaryIO,
+    name: str | None = None,
+    remedy: str | None = None,
+    reduction: Callable[[tuple[int, int]], int] | None = None,
+) -> Image.Image:
     """The image upright as the camera held it, as 8-bit RGB.
 
     Of an animation the first frame. Transparency is dropped, as torchvision's loader does. 16 bits become the higher 8
@@ -72,6 +78,10 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remedy: str
         file: path, or an open file at its start.
         name: what to call it in an error; its path by default.
         remedy: a line to type if it cannot be read; by default one that sets the file aside.
+        reduction: told the image's upright (width, height), before it is decoded, it says by how much the image may be
+            smaller: 1, 2, 4 or 8. A JPEG is then decoded at that scale, which takes less time, its last row and column
+            partly beyond the image where its sides do not divide. Others are read whole, and so is a JPEG that has to
+            be turned upright.
 
     Raises:
         SERError: it cannot be read whole. A truncated file is unreadable, not half grey.
@@ -85,6 +95,8 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remedy: str
     """
     try:
         with Image.open(file) as image:
+            if reduction is not None:
+                _reduce(image, reduction)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
@@ -95,6 +107,15 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, remedy: str
         raise SERError(f"read_image({name!r})", given, "an image that Pillow can read whole", remedy) from error
 
 
+def _reduce(image: Image.Image, reduction: Callable[[tuple[int, int]], int]) -> None:
+    """Have a JPEG that is not decoded yet scaled, by libjpeg's shorter transform."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    (width, height), sideways = image.size, orientation in (5, 6, 7, 8)
+    factor = reduction((height, width) if sideways else (width, height))
+    if factor > 1 and orientation == 1:
+        image.draft(None, (width // factor, height // factor))
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
@@ -103,7 +124,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating point values: which of them is white is not known")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def cut(image: Tensor, size: tuple[int, int], side: float = 1.0, top: float = 0.5, left: float = 0.5) -> Tensor:

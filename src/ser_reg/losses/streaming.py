@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SERError
+from .tokens import precision, to_device, token_scale
 
-__all__ = ["accuracy", "precision", "stream", "token_scale"]
+__all__ = ["accuracy", "stream"]
 
 PACKAGE = __name__.split(".")[0]
-SHORTEST = 1e-12  # a token below this norm has no direction: all its similarities are 0, and so is its gradient
 PROBES = 256  # anchors that the accuracy looks at
 
 
@@ -146,7 +146,7 @@ def _images(offsets: list[int], device: torch.device) -> tuple[Tensor, Tensor, T
         count = max([1, *counts])
         image = token // count
         return image, image * count, (image + 1) * count
-    bounds = torch.tensor(offsets, device=device)
+    bounds = to_device(torch.tensor(offsets), device)
     image = torch.bucketize(token, bounds[1:], right=True)
     return image, bounds[image], bounds[image + 1]
 
@@ -248,19 +248,6 @@ def _matrix(buffer: Tensor, rows: slice, keys: slice) -> Tensor:
 
 def _side(chunk_size: int | None, z: Tensor) -> int:
     return chunk_size or (1536 if z.device.type == "cpu" else 4096)  # CPU: the fastest of 512 to 2048 at D = 512
-
-
-def token_scale(z: Tensor, temperature: float) -> Tensor:
-    """(..., 1): what a token of (..., D) is multiplied by, so that products of two are logits."""
-    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=precision(z))
-    length = torch.where(length < math.inf, length, math.nan)  # never a number from features that are none
-    scale: Tensor = temperature**-0.5 / length.masked_fill(length < SHORTEST, math.inf)
-    return scale
-
-
-def precision(z: Tensor) -> torch.dtype:
-    """In which these tokens are compared: double in double, all else in float32."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op(f"{PACKAGE}::accuracy", mutates_args=())

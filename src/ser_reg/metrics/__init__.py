@@ -1,5 +1,7 @@
 """What a model is asked: how its tokens follow when an image moves."""
 
-from .equivariance import equivariance_score, transformations
+from .base import transformations
+from .equivariance import equivariance_score
+from .matching import matching_score
 
-__all__ = ["equivariance_score", "transformations"]
+__all__ = ["equivariance_score", "matching_score", "transformations"]

@@ -1,7 +1,12 @@
 """What a term is: features of several views, and how the views were made, give a loss to add.
 
 A new term is a file beside this one with a subclass of `Objective`, and a line in `OBJECTIVES`. It sets `wants` and
-`encoded`, takes ``Term(dim, own settings, *, maker=None)`` and writes `compare`; everything that terms share is here.
+`policy`, takes ``Term(dim, own settings, *, maker=None)`` and writes `compare`; everything that terms share is here,
+and layers of heads are in heads.py.
+
+In `compare` a term first reads what it needs of the views, by reading.py, which raises where they are of another kind;
+then says its first word to the other ranks: `image_counts`, or a loss of this library; then computes.
+What it compares across images is gathered, losses of single images are averaged by `mean_over_ranks`.
 """
 
 from __future__ import annotations
@@ -14,12 +19,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import all_gather_counts, raise_on_all_ranks, rank_and_world_size
+from ..distributed import (
+    all_gather_counts,
+    mark_as_raised_on_all_ranks,
+    raise_on_all_ranks,
+    rank_and_world_size,
+)
 from ..errors import SERError, require
 from ..losses.ntxent import largest_square, largest_value
 from ..views.view import View
 
-__all__ = ["FINITE", "SQUARABLE", "Objective", "Output", "check_numbers", "check_size", "matching"]
+__all__ = [
+    "FINITE",
+    "SQUARABLE",
+    "Objective",
+    "Output",
+    "check_number",
+    "check_numbers",
+    "check_size",
+    "mean_over_ranks",
+]
 
 # What is expected of features while a training goes well; one that does not can be told by these words.
 FINITE, SQUARABLE = "finite features", "numbers that can be squared"
@@ -67,8 +86,16 @@ class Objective(nn.Module):
 
     wants: str = ""
     """The line to type that makes its views; quoted in its errors."""
+    policy: str = "equivariant"
+    """Which kind of views it compares: "equivariant" (whole images, moved), "cropped" (two crops), "original" (crops,
+    and the original ahead of them), "turned" (one crop, turned four ways), "paired" (crops of images in pairs) or
+    "path" (two views, and images on the way as targets). Trainings choose views by it, and know no term by name."""
     encoded: int = 2
     """How many of the views are encoded; those after them are targets."""
+    dense: bool = True
+    """Whether it wants maps (B, D, h, w). Otherwise vectors (B, D) do too, and maps are averaged over their places."""
+    default_weight: float = 1.0
+    """λ of the source, which trainings take unless told."""
     gathers: bool = True
     """Whether `compare` gathers over ranks, beginning with `all_gather_counts`, as the losses of this library do."""
     keys_width: int = 0
@@ -87,8 +114,8 @@ class Objective(nn.Module):
         It may raise a SERError ahead of the first word between ranks, as all raise it then.
 
         Args:
-            features: one map (B, D, h, w) for each encoded view, checked, in float32 (float64 if the parameters are),
-                outside autocast. B may be 0 on some ranks.
+            features: one map (B, D, h, w), or vectors (B, D) if the term is not `dense`, for each encoded view,
+                checked, in float32 (float64 if the parameters are), outside autocast. B may be 0 on some ranks.
             views: at least as many as are encoded.
             group: the processes whose images are one batch.
         """
@@ -100,7 +127,8 @@ class Objective(nn.Module):
         """The term for a batch of images, of which there are several views.
 
         Args:
-            features: one map (B, D, h, w) for each of the views that are encoded, in their order.
+            features: one map (B, D, h, w) for each of the views that are encoded, in their order; terms that are not
+                `dense` take vectors (B, D) as well.
             views: as a maker gave them, in a tuple or a list.
             group: the processes whose images are one batch; by default all there are.
 
@@ -125,6 +153,32 @@ class Objective(nn.Module):
             if world_size > 1 and not self.gathers:
                 all_gather_counts(call, None, (), {}, device, group)  # or a rank that raised would wait for ever
             return output
+
+    def image_counts(
+        self, call: str, features: Sequence[Tensor], group: dist.ProcessGroup | None, least: int = 2
+    ) -> list[int]:
+        """Images of every rank, or an error on all of them: the first word between ranks of a term.
+
+        Args:
+            call: what the user called, for the message.
+            features: what `compare` was given.
+            group: the processes whose images are one batch.
+            least: how many images all ranks need together; batch norm cannot do with one.
+        """
+        n, device = len(features[0]), features[0].device
+        _, world_size = rank_and_world_size(group)
+        counts: list[tuple[int, ...]] = [(n,)]
+        if world_size > 1:
+            gradient = torch.is_grad_enabled() and any(z.requires_grad for z in features)
+            alike = {"training mode": (float(self.training), "term.train()  # or term.eval()")}
+            alike["requires_grad"] = (float(gradient), "torch.set_grad_enabled(True)")
+            counts = all_gather_counts(call, None, (n,), alike, device, group)
+        total = sum(images for images, *_ in counts)
+        if total < least:
+            given = f"{total} images in {world_size} processes"
+            remedy = "partition_size(batch_size, ratio, world_size)  # never 1"
+            raise mark_as_raised_on_all_ranks(SERError(call, given, f"at least {least} images", remedy))
+        return [images for images, *_ in counts]
 
     def _compare_parameters(self, call: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
         """Raise, on all ranks, if their parameters differ: those of a term that was not wrapped drift apart."""
@@ -169,19 +223,20 @@ class Objective(nn.Module):
         return cast
 
     def _check_map(self, call: str, name: str, z: Tensor, view: View) -> None:
+        wanted = f"token maps (B, {self.dim}, h, w)" + ("" if self.dense else f" or vectors (B, {self.dim})")
         require(
-            isinstance(z, Tensor) and z.ndim == 4,
+            isinstance(z, Tensor) and z.ndim in ((4,) if self.dense else (2, 4)),
             call,
             lambda: f"{name} {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}",
-            f"token maps (B, {self.dim}, h, w)",
+            wanted,
             "z = [patch_tokens(vit, view.images, layer=3) for view in views]",
         )
-        last = z.shape[-1] == self.dim
+        last = z.ndim == 4 and z.shape[-1] == self.dim
         require(
             z.shape[1] == self.dim,
             call,
             f"{name} {tuple(z.shape)}",
-            f"token maps (B, {self.dim}, h, w)",
+            wanted,
             "z.permute(0, 3, 1, 2)  # channels first" if last else f"{type(self).__name__}({z.shape[1]})",
         )
         require(z.is_floating_point(), call, f"{name} of {z.dtype}", "floating point features", "z.float()")
@@ -210,29 +265,24 @@ def check_size(call: str, name: str, value: object, remedy: str) -> None:
     require(fine, call, f"{name}={value!r}", "a positive whole number", remedy)
 
 
-def matching(tokens1: Tensor, tokens2: Tensor, images: int = 8) -> Tensor:
-    """How often a token's best match, among the tokens of its own image in the other view, is the one at its place.
+def check_number(call: str, name: str, value: object, remedy: str, positive: bool = False) -> None:
+    """Raise unless a setting is a finite number, not below 0 (or, if told so, above)."""
+    fine = isinstance(value, (int, float)) and 0 <= value < math.inf and not (positive and value == 0)
+    require(fine, call, f"{name}={value!r}", "a positive number" if positive else "a number, not below 0", remedy)
 
-    The spatial reading of a dense term: negatives are tokens of other images, so that a term can be content with maps
-    that are constant over space, which match nowhere. Chance is 1/N. Ties count as none.
+
+def mean_over_ranks(values: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """This rank's summand of the mean over all images, such that its mean over ranks, which DDP takes, is that mean.
 
     Args:
-        tokens1, tokens2: (B, N, D), aligned: token j of both at the same place.
-        images: at most so many are looked at, evenly spaced.
-
-    Returns:
-        Scalar in [0, 1], NaN without an image.
+        values: (n,), of the images of this rank.
+        counts: how many there are on each rank.
+        group: the processes whose images are one batch.
 
     Example:
-        >>> z = torch.eye(6).reshape(2, 3, 6)
-        >>> matching(z, z), matching(z, z.roll(1, dims=1)), matching(*2 * [z[:, :1].expand(2, 3, 6)])
-        (tensor(1.), tensor(0.), tensor(0.))
+        >>> mean_over_ranks(torch.tensor([1.0, 3.0]), [2])
+        tensor(2.)
     """
-    some = torch.arange(min(images, len(tokens1))) * len(tokens1) // max(1, min(images, len(tokens1)))
-    x1, x2 = (nn.functional.normalize(z[some].detach().float(), dim=-1) for z in (tokens1, tokens2))
-    similar = x1 @ x2.mT
-    own = similar.diagonal(dim1=-2, dim2=-1)
-    own_place = torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)
-    best = similar.masked_fill(own_place, -math.inf).amax(-1)
-    hits: Tensor = (own > best + 1e-6).float().mean()
-    return hits
+    _, world_size = rank_and_world_size(group)
+    mean: Tensor = values.sum() * (world_size / max(1, sum(counts)))
+    return mean

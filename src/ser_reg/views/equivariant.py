@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +13,29 @@ from ..distributed import broadcast
 from ..errors import require, require_tensor
 from ..geometry import GroupElement, act
 from ..geometry.elements import check_ranges, side_factors
+from .photometric import Photometric, check_generator
+from .pixels import Drawn, Normalize, in_range, normalized, rows
 from .probe import check_output, probe
 from .view import View
 
 __all__ = ["EquivariantPlan", "EquivariantViews"]
 
 
+Part = Callable[[Tensor], Tensor] | Photometric | None
+
+
 class EquivariantPlan(NamedTuple):
-    """What was drawn for two views: an element an image for each."""
+    """What was drawn for two views: an element an image for each, and how its colours change."""
 
     first: GroupElement
     second: GroupElement
+    photometric: tuple[Drawn, Drawn] = ({}, {})
+    """What a `Photometric` drew for each view; empty without one."""
 
     def __getitem__(self, index: int | slice | Tensor | list[int]) -> EquivariantPlan:  # type: ignore[override]
         """The plan of some of the images; a single number gives a batch of one."""
-        return EquivariantPlan(self.first[index], self.second[index])
+        first, second = (rows(drawn, index, len(self.first)) for drawn in self.photometric)
+        return EquivariantPlan(self.first[index], self.second[index], (first, second))
 
 
 class EquivariantViews:
@@ -46,15 +54,19 @@ class EquivariantViews:
         ratio: range of the aspect factor (height over width), log-uniform; (1, 1) leaves it out.
         rotations: quarter turns or none.
         flips: left-right flips or none.
-        photometric: any callable on a (B, C, H, W) batch that keeps its shape, such as a
-            ``torchvision.transforms.v2`` pipeline; applied to each view by itself, before the geometry. Without it the
-            geometry is all that is done. A torchvision pipeline called on a batch draws once for all of its images.
+        photometric: what changes colours, applied to each view by itself, before the geometry; a pair: one for each
+            view, as MoCo-v3's recipe has them. Without it the geometry is all that is done: the paper's views are
+            those with a `Photometric`, which draws for each image and records in ``view.drawn`` what it drew. Any
+            other callable on a (B, C, H, W) batch that keeps its shape also does, such as a
+            ``torchvision.transforms.v2`` pipeline, which draws once for all images of a batch, unrecorded.
         normalize: (mean, standard deviation) of the channels, such as ``IMAGENET``; applied last.
 
     Raises:
-        SERError: a range or the patch size is not positive.
+        SERError: a range or the patch size is not positive, or the photometric part is none.
 
-    Images are resampled bicubically with antialiasing, which can overshoot the range of their values a little.
+    Takes images with values in [0, 1] and gives values in [0, 1] before `normalize`: they are resampled bicubically
+    with antialiasing, and what that overshoots is clamped. Without a `Photometric` other ranges pass, and each image
+    stays in its own.
 
     Source: Section 3.2 and Algorithm 1 (lines 7-9) of the paper.
 
@@ -74,8 +86,8 @@ class EquivariantViews:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         rotations: bool = True,
         flips: bool = True,
-        photometric: Callable[[Tensor], Tensor] | None = None,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        photometric: Part | tuple[Part, Part] = None,
+        normalize: Normalize | None = None,
     ) -> None:
         call = "EquivariantViews(patch_size, scale, ratio)"
         pixels = isinstance(patch_size, int) and not isinstance(patch_size, bool) and patch_size >= 1
@@ -89,10 +101,19 @@ class EquivariantViews:
         self.flips = flips
         self.photometric = photometric
         self.normalize = normalize
-        self._probed: Callable[[Tensor], Tensor] | None = None  # the photometric part that was looked at
+        self._probed: list[Any] = []  # photometric parts that were looked at
         for name, value in (("rotations", rotations), ("flips", flips)):
             remedy = f"EquivariantViews({name}=True)"
             require(isinstance(value, bool), call, f"{name}={value!r}", "True or False", remedy)
+        parts = self._parts()
+        fine = len(parts) == 2 and all(part is None or _draws_apart(part) or callable(part) for part in parts)
+        expected, remedy = "a Photometric, another callable, or one for each view", "photometric=Photometric()"
+        require(fine, call, f"photometric={photometric!r}", expected, f"EquivariantViews({remedy})")
+
+    def _parts(self) -> tuple[Any, ...]:
+        """The photometric part of each view."""
+        given: Any = self.photometric
+        return tuple(given) if isinstance(given, (tuple, list)) else (given, given)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "_probed")
@@ -102,34 +123,33 @@ class EquivariantViews:
         """Two views of the images.
 
         Args:
-            images: (B, C, H, W), floating point, values in any range that the photometric part takes.
-            generator: source of all randomness. A photometric part that draws from torch's global generator is
-                seeded from it too, and the global state is left as it was. Without one, the global state is used.
+            images: (B, C, H, W), floating point, values in [0, 1], or any that the photometric part takes.
+            generator: source of all randomness, on the CPU. A photometric part that draws from torch's global
+                generator is seeded from it too, and the global state is left as it was. Without one, the global state
+                is used.
 
         Raises:
-            SERError: images of another shape or type, sides smaller than a patch allows, or a photometric part that
-                changed the shape.
+            SERError: images of another shape, type or range, sides smaller than a patch allows, a photometric part
+                that changed the shape, or a generator on a GPU.
         """
         self._check(images)
-        if self.photometric is not None and self.photometric is not self._probed:
-            probe(self.photometric, images)
-            self._probed = self.photometric
-
-        def view() -> View:
-            grid = broadcast(self._draw_grid(generator), images.device)
-            # A rank whose subset of the batch is empty has a grid all the same: draw for one sample, keep none.
-            elements = self._draw_elements(max(1, len(images)), _size(images), grid, generator)
-            return self._render(images, elements, generator)
-
-        return view(), view()
+        for part in self._parts():
+            if part is not None and not _draws_apart(part) and not any(part is known for known in self._probed):
+                probe(part, images)
+                self._probed.append(part)
+        # A rank whose subset of the batch is empty has a grid all the same: draw for one sample, keep none.
+        plan = self._draw(max(1, len(images)), _size(images), generator, images.device)
+        return self._render(images, plan, generator)
 
     def draw(self, n: int, size: tuple[int, int], generator: torch.Generator | None = None) -> EquivariantPlan:
-        """The geometry of two views of n images, drawn on this rank alone.
+        """The geometry of two views of n images, and what a `Photometric` does to them, drawn on this rank alone.
+
+        Geometry is drawn first, and is the same whatever the photometric part.
 
         Args:
             n: images, at least one.
             size: (height, width) of the images, in pixels.
-            generator: source of all randomness; without one, the global state is used.
+            generator: source of all randomness, on the CPU; without one, the global state is used.
 
         Example:
             >>> make_views = EquivariantViews(patch_size=16)
@@ -137,8 +157,7 @@ class EquivariantViews:
             >>> plan.first.output_size((224, 224)), plan.second.output_size((224, 224))
             ((208, 176), (208, 224))
         """
-        first, second = (self._draw_elements(n, size, self._draw_grid(generator), generator) for _ in range(2))
-        return EquivariantPlan(first, second)
+        return self._draw(n, size, generator, None)
 
     def render(
         self, images: Tensor, plan: EquivariantPlan, generator: torch.Generator | None = None
@@ -148,11 +167,11 @@ class EquivariantViews:
         Args:
             images: (B, C, H, W), floating point.
             plan: what `draw` gave for B images.
-            generator: of the photometric part, if it draws.
+            generator: of a photometric part whose draws are not in the plan.
         """
         self._check(images)
-        first, second = (self._render(images, elements, generator) for elements in (plan.first, plan.second))
-        return first, second
+        check_generator("EquivariantViews(...).render(images, plan, generator)", generator)
+        return self._render(images, plan, generator)
 
     def _check(self, images: Tensor) -> None:
         call = f"{type(self).__name__}(patch_size={self.patch_size})(images)"
@@ -176,42 +195,70 @@ class EquivariantViews:
             given = f"images with values from {low:.4g} to {high:.4g}"
             require(low > -1 and high < 2, call, given, expected, "make_views(images / 255)  # or without normalize=")
 
-    def _render(self, images: Tensor, elements: GroupElement, generator: torch.Generator | None) -> View:
+    def _render(self, images: Tensor, plan: EquivariantPlan, generator: torch.Generator | None) -> tuple[View, View]:
+        wholes = zip(self._parts(), (plan.first, plan.second), plan.photometric, strict=True)
+        first, second = (self._view(images, *whole, generator) for whole in wholes)
+        return first, second
+
+    def _view(
+        self, images: Tensor, part: Any, elements: GroupElement, drawn: Drawn, generator: torch.Generator | None
+    ) -> View:
         """One view; of no images it has the grid of the elements drawn for one."""
-        if self.photometric is not None:
-            with _seeded(generator, images.device):
-                changed = self.photometric(images.clone())  # it may work in place, and the other view comes after
-            check_output(images, changed)
-            images = changed
-        if len(images):
-            images = act(elements, images, antialias=True)
-        else:
-            images = images.new_empty(*images.shape[:2], *elements.output_size(_size(images)))
-        if self.normalize is not None:
-            mean, std = (images.new_tensor(values)[:, None, None] for values in self.normalize)
-            images = (images - mean) / std
-        return View(images, elements[: len(images)], {})
+        n = len(images)
+        elements, size = elements[:n], elements.output_size(_size(images))
+        drawn = {name: values[:n] for name, values in drawn.items()}
+        if part is not None:
+            images = part.apply(images, drawn) if _draws_apart(part) else _changed(part, images, generator)
+        views = (
+            in_range(act(elements, images, antialias=True), images)
+            if n
+            else images.new_empty(0, images.shape[1], *size)
+        )
+        return View(normalized(views, self.normalize), elements, drawn)
+
+    def _draw(
+        self, n: int, size: tuple[int, int], generator: torch.Generator | None, device: torch.device | None
+    ) -> EquivariantPlan:
+        """A plan; with the device of the images its grids are those of the first rank."""
+        check_generator("EquivariantViews(...).draw(n, size, generator)", generator)
+        elements = []
+        for _ in range(2):
+            grid = self._draw_grid(generator)
+            grid = grid if device is None else broadcast(grid, device)
+            elements.append(self._draw_elements(n, size, grid, generator))
+        first, second = (part.draw(n, generator) if _draws_apart(part) else {} for part in self._parts())
+        return EquivariantPlan(elements[0], elements[1], (first, second))
 
     def _draw_grid(self, generator: torch.Generator | None) -> Tensor:
         """(3,): what all samples of a view share, uniform numbers for area and aspect, and the parity of turns."""
-        device = "cpu" if generator is None else generator.device
-        uniform = torch.rand(2, 1, generator=generator, dtype=torch.float64, device=device).cpu()
-        parity = torch.randint(2, (1,), generator=generator, device=device).cpu()
-        return torch.cat([uniform, parity[None]])
+        uniform = torch.rand(2, 1, generator=generator, dtype=torch.float64)
+        return torch.cat([uniform, torch.randint(2, (1, 1), generator=generator)])
 
     def _draw_elements(
         self, n: int, size: tuple[int, int], grid: Tensor, generator: torch.Generator | None
     ) -> GroupElement:
         """n elements of one grid and one parity of turns."""
-        device = "cpu" if generator is None else generator.device
         area, aspect, parity = grid
-        half, flip = torch.randint(2, (2, n), generator=generator, device=device).cpu()
+        half, flip = torch.randint(2, (2, n), generator=generator)
         sides = grid.new_tensor(size)
         cells = (side_factors(area, aspect, self.scale, self.ratio) * sides / self.patch_size).round()
         scale = cells * self.patch_size / sides
         return GroupElement(
             (parity.long() + 2 * half) * int(self.rotations), flip.bool() & self.flips, scale.expand(n, 2).clone()
         )
+
+
+def _draws_apart(part: Any) -> bool:
+    """Whether a photometric part says ahead what it will do, as a `Photometric` does."""
+    return hasattr(part, "draw") and hasattr(part, "apply")
+
+
+def _changed(part: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What a photometric part that draws by itself makes of images."""
+    with _seeded(generator, images.device):
+        changed = part(images.clone())  # it may work in place, and the other view comes after
+    check_output(images, changed)
+    return changed
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -224,7 +271,7 @@ def _seeded(generator: torch.Generator | None, device: torch.device) -> Iterator
     if generator is None:
         yield
         return
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    seed = int(torch.randint(2**62, (1,), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -21,7 +21,7 @@ CELLS = 16  # a side; the spot fills one of them
 SPOT = (3, 5)  # row and column of its cell: off the centre, both axes and both diagonals, so that all that moves shows
 GREY, WHITE = 0.5, 0.9
 CALL = "EquivariantViews(photometric=...)(images)"
-REMEDY = "EquivariantViews(photometric=v2.ColorJitter(0.4, 0.4, 0.2, 0.1))"
+REMEDY = "EquivariantViews(photometric=Photometric())"
 
 
 def check_output(images: Tensor, changed: Any) -> None:
@@ -71,8 +71,8 @@ def probe(photometric: Callable[[Tensor], Tensor], images: Tensor) -> None:
     draws = not all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
     if draws and all(torch.equal(one, other) for one, other in outcomes):
         warnings.warn(
-            "The photometric part draws once for all images of a batch. To draw for each: "
-            "photometric=lambda images: torch.stack([transform(image) for image in images])",
+            "The photometric part draws once for all images of a batch. To draw for each: photometric=Photometric(), "
+            "or photometric=lambda images: torch.stack([transform(image) for image in images])",
             stacklevel=4,
         )
 

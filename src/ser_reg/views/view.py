@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..geometry import GroupElement
+from ..geometry import Affine, GroupElement
 
 __all__ = ["View", "relation"]
 
@@ -24,8 +24,8 @@ class View(NamedTuple):
 
     images: Tensor
     """(B, C, H, W)."""
-    relation: GroupElement
-    """B elements that take the whole images to this view."""
+    relation: GroupElement | Affine
+    """B elements, or affine maps where something was cut off, that take the whole images to this view."""
     drawn: dict[str, Tensor]
     """What the photometric part drew, by name, (B,) or (B, k); empty where it does not say."""
 
@@ -44,8 +44,10 @@ class View(NamedTuple):
         )
 
 
-def relation(view1: View, view2: View) -> GroupElement:
+def relation(view1: View, view2: View) -> GroupElement | Affine:
     """What takes the geometry of view 1 to that of view 2: ``view2.relation @ ~view1.relation``.
+
+    A GroupElement if both relations are; else an Affine, from one crop of an image to another.
 
     Raises:
         SERError: what is given are no views, or views of different numbers of images.
@@ -66,5 +68,7 @@ def relation(view1: View, view2: View) -> GroupElement:
             "two views, as makers give them",
             "view1, view2 = EquivariantViews(patch_size=16)(images)",
         )
-    # view2.relation @ ~view1.relation, as torch.compile of torch 2.6 can trace it
-    return view2.relation.__matmul__(view1.relation.__invert__())
+    there, back = view2.relation, view1.relation.__invert__()
+    if isinstance(there, GroupElement) and isinstance(back, GroupElement):
+        return there.__matmul__(back)  # there @ back, as torch.compile of torch 2.6 can trace it
+    return there @ back
