@@ -18,7 +18,7 @@ ROOMS = {  # a file or a folder of the library: what it may import of the others
     "records": ("errors", ""),
     "distributed": ("errors", ""),
     "geometry": ("errors", ""),
-    "views": ("errors geometry distributed", ""),
+    "views": ("errors geometry distributed", "torchvision"),  # timm brings it; imported where it is used
     "backbones": ("errors", "timm"),
     "losses": ("errors distributed", ""),
     "objectives": ("errors geometry views.view losses distributed", "einops"),

@@ -237,7 +237,7 @@ def shard(counts: tuple[int, ...], rank: int, seed: int):
     plan = make_views.draw(max(1, len(mine)), (24, 24), torch.Generator().manual_seed(100 * seed + rank))
     if len(mine):
         return make_views.render(mine, plan)
-    return tuple(View(mine.new_empty(0, 3, *g.output_size((24, 24))), g[:0], {}) for g in plan)
+    return tuple(View(mine.new_empty(0, 3, *g.output_size((24, 24))), g[:0], {}) for g in (plan.first, plan.second))
 
 
 def term_of_rank(here: Here, counts: tuple[int, ...], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -370,7 +370,9 @@ def views_of_rank(here: Here, called: bool) -> list[tuple]:
     torch.manual_seed(here.rank)
     make_views = EquivariantViews(PATCH)
     made = [make_views(torch.rand(16, 1, 24, 24)) if called else make_views.draw(16, (24, 24)) for _ in range(4)]
-    elements = [view.relation if called else view for views in made for view in views]
+    elements = [
+        g for first, second, *_ in made for g in ((first.relation, second.relation) if called else (first, second))
+    ]
     return [(g.output_size((24, 24)), (g.turns[0] % 2).item(), g.flip.tolist()) for g in elements]
 
 

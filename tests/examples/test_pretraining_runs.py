@@ -95,7 +95,7 @@ DDP = {
         ["--term.ratio", 5 / 16, "--term.target", "momentum"],
         ["--local-views", 4, "--accumulate", 2],
         ["none"],
-        ["equimod", "--local-views", 4, "--accumulate", 2],
+        ["essl", "--local-views", 4, "--accumulate", 2],
     ],
     "barlow_twins": [[], ["--term.ratio", 5 / 16, "--term.weight", 0], ["--local-views", 4, "--term.all-layers"]],
 }
@@ -141,7 +141,7 @@ def runs(tmp_path_factory, unreadable):
     jobs += [curve_job(name, folder / name) for name in RECORDED]
     on_four = [job(m, DDP[m][n], folder / f"four_{m}{n}", gradients=True) for m, n in ON_FOUR]
     (folder / "jobs.json").write_text(json.dumps({2: jobs, 4: on_four}))
-    code, out, err = finish(start(JOBS, folder / "jobs.json"), 500)
+    code, out, err = finish(start(JOBS, folder / "jobs.json"), 900)
     assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
     (folder / "output").write_text(out)
     return folder

@@ -100,6 +100,16 @@ def test_a_term_is_handed_the_views_of_its_policy_and_their_own_maps(word):
     assert own == expected.get(word[0], [0, 1])
 
 
+@pytest.mark.parametrize(("word", "calls"), [(("ser",), 3), (CROPS, 1), (("augself",), 1)], ids=str)
+def test_local_views_are_compared_with_each_other_only_where_images_are_whole(word, calls):
+    """Small crops hardly overlap."""
+    step, groups = first_step(*word, "--local-views", 4)
+    handed = []
+    step.heads[0].register_forward_pre_hook(lambda head, args: handed.append(args))
+    step(groups)
+    assert len(handed) == calls
+
+
 @pytest.mark.parametrize("word", [("augself",), ("equimod",), ("reconstruction",)], ids=" ".join)
 def test_a_term_without_images_on_a_process_still_runs_the_forwards_of_the_others(word):
     """Which a sharded encoder waits for; its heads go over the images of all."""

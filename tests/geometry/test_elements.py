@@ -78,8 +78,8 @@ def test_all_eight_equally_often():
     assert counts.max() < 1100
 
 
-def test_sample_ranges():
-    g = GroupElement.sample(2000, scale=(0.7, 1.3), ratio=(3 / 4, 4 / 3))
+def test_default_ranges_are_those_of_the_paper():
+    g = GroupElement.sample(2000)
     area, aspect = g.scale.prod(-1), g.scale[:, 0] / g.scale[:, 1]
     assert 0.7 <= area.min() < 0.72
     assert 1.28 < area.max() <= 1.3

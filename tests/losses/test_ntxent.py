@@ -618,3 +618,23 @@ def test_released_form_retold_equals_the_formula():
     z1, z2 = pair(3, 4, 8)
     released = value_and_gradients(released_ntxent(z1, z2, 0.3), z1, z2)
     assert close(released, value_and_gradients(literal_ntxent(z1, z2, 0.3), z1, z2))
+
+
+@pytest.mark.parametrize(("temperature", "shifted"), [(0.3, False), (0.02, False), (0.01, True)])
+def test_sums_have_a_running_maximum_only_where_exponentials_overflow(monkeypatch, temperature, shifted):
+    """In float32 exp(50) is a number, exp(100) is none; a maximum of each tile takes a third of the time."""
+    shifts, logsumexp = [], torch.Tensor.logsumexp
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, *dims: shifts.append(dims) or logsumexp(self, *dims))
+    z1, z2 = torch.randn(2, 3, 4, 8)
+    assert patch_ntxent(z1, z2, temperature).isfinite()
+    assert bool(shifts) == shifted
+
+
+@pytest.mark.parametrize("tokens", [200, 3000])
+def test_tiles_are_small_on_a_cpu(monkeypatch, tokens):
+    """At most 1536 tokens a side, which is 9 MiB in float32, and no smaller ones than there have to be."""
+    sides, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: sides.append(out.shape) or mm(a, b, out=out))
+    z1, z2 = torch.randn(2, 2, tokens, 4)
+    patch_ntxent(z1, z2)
+    assert max(max(side) for side in sides) == min(2 * tokens, 2 * tokens // -(-2 * tokens // 1536))

@@ -91,8 +91,10 @@ def _operator(
     taps = torch.arange(2 * math.ceil(float(reach.max())) + 1)
     pixel = (centre - reach[:, None]).floor().long()[..., None] + taps
     weight = _kernel((pixel + 0.5 - centre[..., None]) / stretch[:, None, None], mode, antialias)
-    first = (start + 0.5 - 1e-6).floor().long().clamp(0, old - 1)  # whose centre is the first one inside
-    last = (start + length - 0.5 + 1e-6).floor().long().clamp(0, old - 1).maximum(first)
+    first = (
+        (start + 0.5 - 1e-6).floor().long().clamp(0, old - 1)
+    )  # whose centre is the first one inside, or the nearest
+    last = (start + length - 0.5 + 1e-6).floor().long().clamp(0, old - 1)
     inside = pixel.maximum(first[:, None, None]).minimum(last[:, None, None])
     if antialias:  # what lies beyond is left out; without a low-pass it is the pixel at the edge
         weight = torch.where(inside == pixel, weight, 0.0)

@@ -48,6 +48,9 @@ class STL(Objective):
     nothing is told apart; ``feature_std``, the standard deviation of the directions of the features, 0 when all are
     one.
 
+    Projectors see y and ŷ one after the other, as in the source, each batch normalised by its own statistics. In
+    evaluation both take the running ones, which fit neither: read the loss and the logs of training mode.
+
     Args:
         dim: D, channels of the features.
         equivariance, transformation, invariance: weights of the three losses.
