@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -118,13 +119,13 @@ class Pipeline:
     def requests(self, batches: int) -> PartitionSampler:
         return PartitionSampler(self.length, BATCH, 0, last=batches)
 
-    def worker(self) -> float:
+    def worker(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Images per second that one worker makes."""
         batches = list(self.requests(4))
-        start = time.perf_counter()
+        start = clock()
         for requests in batches:
             self.collate([self.dataset[request] for request in requests])
-        return len(batches) * BATCH / (time.perf_counter() - start)
+        return len(batches) * BATCH / (clock() - start)
 
     def on_device(self, loaded: Loaded) -> list[Tensor]:
         images = loaded if isinstance(loaded, list) else loaded.plain.images
@@ -198,6 +199,12 @@ def stages(source: Source) -> dict[str, float]:
     }
 
 
+def decoders(source: Source) -> int:
+    """By how many of 256 steps Pillow's and torchvision's pixels differ at most."""
+    pairs = ((pil_to_tensor(source.image(i)), decode_jpeg(read_file(source.name(i)))) for i in range(64))
+    return max((ours.int() - other.int()).abs().max().item() for ours, other in pairs)
+
+
 def model() -> list[float]:
     """Images per second, two views each."""
     vit = timm.create_model("vit_small_patch16_224", num_classes=0).to(DEVICE)
@@ -225,9 +232,11 @@ def main() -> None:
         source = open_source(folder, "train")
         old, new = (Pipeline(source, former) for former in (True, False))
         torch.set_num_threads(1)  # as in a worker
-        rows.append({"kind": "worker", "images_per_second": in_turn(Pipeline.worker, old, new)})
-        report("a worker", rows[-1]["images_per_second"])
-        rows.append({"kind": "stages", "bytes": size, "milliseconds": stages(source)})
+        for clock in (time.perf_counter, time.process_time):
+            rates = in_turn(lambda pipeline, clock=clock: pipeline.worker(clock), old, new)
+            rows.append({"kind": "worker", "clock": clock.__name__, "images_per_second": rates})
+            report(f"a worker by {clock.__name__}", rates)
+        rows.append({"kind": "stages", "bytes": size, "milliseconds": stages(source), "decoders": decoders(source)})
         for name, spent in rows[-1]["milliseconds"].items():
             print(f"{spent:6.2f} ms  {name}", flush=True)
         for workers in WORKERS:

@@ -70,7 +70,8 @@ class Group(NamedTuple):
     def views(self) -> list[View]:
         """The global ones first; those that belong together are [0:2], [2:4], and so on."""
         n = len(self.images)
-        return list(map(View, self.images, self.relations or [None] * n, self.drawn or [{} for _ in range(n)]))
+        parts = self.images, self.relations or [None] * n, self.drawn or [{} for _ in range(n)]
+        return [View(*view) for view in zip(*parts, strict=True)]
 
 
 class Batch(NamedTuple):

@@ -188,8 +188,8 @@ def _length(settings: Settings, source: Source, accelerator: Accelerator) -> Len
     run, rank, world_size = settings.run, accelerator.process_index, accelerator.num_processes
     batch = run.batch_size // run.accumulate
     read = whole_images(batch, settings.read, world_size)
-    paired = settings.term.policy.paired
-    PartitionSampler(len(source), run.batch_size, read, rank, world_size, run.seed, paired=paired)  # says what is wrong
+    PartitionSampler(len(source), run.batch_size, read, rank, world_size, run.seed)  # says what does not fit
+    PartitionSampler(len(source), batch, read, rank, world_size, run.seed, paired=settings.term.policy.paired)
     epoch = (len(source) // batch) // run.accumulate
     return Length(batch, read, epoch, run.steps or max(1, round(run.epochs * epoch)))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from data.batch import Group
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ser_reg import View
@@ -96,7 +97,10 @@ class Step(nn.Module):
         """
         views = self.policy.in_order(group.views, group.extra)
         encoded = [view for view in views[: self.encoded] if any(view is other for other in group.extra)]
-        extra = encode_views(self.method.encoder, [view.images for view in encoded], self.layers)[1]
+        encoder = self.method.encoder
+        extra = encode_views(encoder, [view.images for view in encoded], self.layers)[1]
+        if encoded and isinstance(encoder, FSDPModule):
+            encoder.unshard()  # backward it would be so only where embeddings have a gradient, which these do not
         return self.policy.in_order(trained, extra), views
 
     def _compare(self, features: Sequence[dict[int, Tensor]], views: Sequence[View]) -> Output:

@@ -141,4 +141,3 @@ def test_terms_at_every_layer_have_heads_of_their_own():
 def test_the_encoder_tells_the_size_of_its_patches():
     step, _ = first_step("reconstruction")
     assert len(step.heads[0].decoders[0].ups) == 2  # two doublings make 4 pixels
-

@@ -1,6 +1,7 @@
 """Laws of all terms: exact on any number of ranks, gradient where it belongs, an error for views of another kind."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -13,7 +14,10 @@ from ser_reg import GroupElement, SERError, View, late_cls, patch_tokens
 from ser_reg.objectives import OBJECTIVES
 
 NAMES = sorted(OBJECTIVES)
-SPLITS = {2: [(3, 5), (0, 8)], 4: [(2, 0, 4, 2), (1, 3, 1, 3)]}  # images of each rank
+SPLITS = {2: [(3, 5), (0, 8)], 4: [(2, 0, 4, 2), (1, 3, 1, 3)]}  # images of each rank, some of which have none
+for _size, _splits in SPLITS.items():
+    _ranks = torch.randint(_size, (10,), generator=torch.Generator().manual_seed(_size))
+    _splits.append(tuple(torch.bincount(_ranks, minlength=_size).tolist()))
 
 
 def test_every_term_has_a_case():
@@ -213,3 +217,11 @@ def test_a_training_can_ask_for_the_kind_of_views():
     policies = {"equivariant", "cropped", "original", "turned", "paired", "path"}
     assert {term.policy for term in OBJECTIVES.values()} == policies
     assert OBJECTIVES["essl"].default_weight == 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_documented_by_its_name(name):
+    """The trainings' flags take their help from there."""
+    documented = OBJECTIVES[name].__doc__
+    for setting in inspect.signature(OBJECTIVES[name]).parameters:
+        assert f"\n        {setting}: " in documented, setting

@@ -81,8 +81,13 @@ class AugSelf(Objective):
 
     Args:
         dim: D, channels of the features.
-        crop, colour, flip, turn, blur, solarize: weights of the heads.
-        width: of both hidden layers.
+        crop: weight of telling by how much the crops differ in place and size.
+        colour: weight of telling by how much colours were changed.
+        flip: weight of telling whether one of the two is flipped.
+        turn: weight of telling by how many quarters one is turned against the other.
+        blur: weight of telling by how much more one is blurred.
+        solarize: weight of telling which one is solarised.
+        width: of both hidden layers of a head.
         maker: the maker of the views, whose half ranges of colours divide the targets (the larger, where its two
             views have different ones); by default those of ``Photometric()``.
 

@@ -62,7 +62,8 @@ class EquiMod(Objective):
     Args:
         dim: D, channels of the features.
         temperature: of the NT-Xent.
-        hidden, width: of the projector P.
+        hidden: width of both hidden layers of the projector P.
+        width: of what is compared.
         maker: the maker of the views; by default ``CroppedViews(original=True, photometric=Photometric())``.
 
     Raises:

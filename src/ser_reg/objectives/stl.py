@@ -53,7 +53,9 @@ class STL(Objective):
 
     Args:
         dim: D, channels of the features.
-        equivariance, transformation, invariance: weights of the three losses.
+        equivariance: weight of foreseeing one view from the other.
+        transformation: weight of telling the transformation, whatever the image.
+        invariance: weight of telling the image, whatever the transformation.
         temperature: of all three.
         rank: of W's matrices; None: full.
         maker: of no meaning here: pairs are neighbours.
