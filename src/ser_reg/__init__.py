@@ -9,7 +9,7 @@ from .images import IMAGENET
 from .losses import PatchNTXent, patch_ntxent
 from .metrics import equivariance_score, matching_score
 from .objectives import SERLoss
-from .views import EquivariantViews, Photometric, View, partition_size, relation
+from .views import EquivariantViews, Photometric, View, partition_size, recorded, relation
 
 __all__ = [
     "IMAGENET",
@@ -32,5 +32,6 @@ __all__ = [
     "partition_size",
     "patch_ntxent",
     "patch_tokens",
+    "recorded",
     "relation",
 ]

@@ -44,24 +44,27 @@ def _check(
     *,
     images: Path | None = None,
     image_size: int | None = None,
+    term: str = "ser",
     layer: int = 3,
     batch_size: int = 256,
-    ratio: float = 0.01,
+    ratio: float | None = None,
     world_size: int = 1,
 ) -> int:
     """Does the term train what it should?
 
     Does [CLS] join at its layer, does its gradient reach the early layers and nothing else, has the true relation a
-    lower loss than a wrong one, do one process and two agree, and is there memory for it?
+    lower loss than a wrong one (or, with heads that have to learn it, another loss), do one process and two agree, and
+    is there memory for it?
 
     Args:
         model: a timm name, to which late_cls is applied; a folder that export_timm wrote, or
             "package.module:function" that returns your model, both as they are
         images: folder with images at any depth in it; by default noise
         image_size: pixels a side; by default what the model was built for
+        term: ser, augself, equimod, essl, stl or reconstruction
         layer: blocks ahead of the regularized tokens
         batch_size: images of a rank
-        ratio: part of them that goes to the term
+        ratio: part of them that goes to the term; by default 0.01 of whole images, all of crops
         world_size: ranks
     """
     encoder = load_encoder(model, pretrained=False)
@@ -73,6 +76,7 @@ def _check(
         encoder,
         images,
         layer=layer,
+        term=term,
         batch_size=batch_size,
         ratio=ratio,
         world_size=world_size,

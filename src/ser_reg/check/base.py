@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ..backbones import Backbone, patch_tokens
 from ..objectives import Objective
 from ..views import View
 
-__all__ = ["Case", "CheckReport", "Finding", "features"]
+__all__ = ["Case", "CheckReport", "Finding"]
 
 
 class Finding(NamedTuple):
@@ -48,12 +49,20 @@ class Case:
     trunk: Backbone
     term: Objective
     layer: int
+    images: int
+    """How many; views that show each several times, turn by turn, have several times as many rows."""
     draws: list[tuple[View, ...]]
-    """Several pairs of views."""
+    """Several draws of the views."""
     maps: list[list[Tensor]]
     """Features of each, without gradient."""
 
+    def encode(self, views: Sequence[View]) -> list[Tensor]:
+        """Maps of the views that the term wants encoded, as it takes them in training."""
+        maps = [patch_tokens(self.trunk.model, view.images, self.layer) for view in views[: self.term.encoded]]
+        # A term refuses features without gradient; that the model is frozen is for the finding to say.
+        return [z.requires_grad_() if torch.is_grad_enabled() and not z.requires_grad else z for z in maps]
 
-def features(model: nn.Module, views: Sequence[View], layer: int) -> list[Tensor]:
-    """Maps of the views, as the term takes them."""
-    return [patch_tokens(model, view.images, layer) for view in views]
+    def rows(self, start: int, stop: int) -> list[int]:
+        """Rows of the images from start to stop."""
+        times = len(self.maps[0][0]) // self.images
+        return [turn * self.images + image for turn in range(times) for image in range(start, stop)]

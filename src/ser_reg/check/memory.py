@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import SERError
 from ..views import partition_size
-from .base import Case, Finding, features
+from .base import Case, Finding
 
 __all__ = ["memory_finding"]
 
@@ -19,11 +19,12 @@ def memory_finding(case: Case, batch_size: int, ratio: float, world_size: int) -
     """What a backward pass keeps, counted on these images and scaled to those of a rank."""
     images, views = partition_size(batch_size, ratio, world_size), case.draws[0]
     with _Kept() as encoder:
-        maps = features(case.trunk.model, views, case.layer)
+        maps = case.encode(views)
     with _Kept() as added:
         case.term(maps, views)
-    grow = images / len(views[0].images)
-    tokens = len(maps) * images * maps[-1].shape[-2:].numel()
+    grow = images / case.images
+    places = maps[-1].shape[-2:].numel() if case.term.dense else 1
+    tokens = grow * sum(map(len, maps)) * places
     others = 2 * 4 * (world_size - 1) * tokens * case.term.keys_width  # keys of other ranks, and what is sent back
     needed = grow * (encoder.bytes + added.bytes) + others
     device = views[0].images.device
