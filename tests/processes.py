@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 WORLD = 4
 SECONDS = 60  # for a job in which a rank might wait for ever
-RANKS = {1: [2], 2: [1, 3], 4: [0, 1, 2, 3]}  # which processes form the group of each size
+RANKS = {1: [2], 2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}  # which processes form the group of each size
 
 
 class Here(NamedTuple):

@@ -33,7 +33,7 @@ def test_every_term_has_a_word():
     assert set(OBJECTIVES) <= set(swap_objective.TERMS)
 
 
-@pytest.mark.parametrize(("word", "layer"), [*((word, 3) for word in swap_objective.TERMS), ("equimod", 12)])
+@pytest.mark.parametrize(("word", "layer"), [(word, 12 if word == "equimod" else 3) for word in swap_objective.TERMS])
 def test_a_word_swaps_the_term(word, layer, monkeypatch, capfd):
     """Losses of two steps, and logs that show whether the term works."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

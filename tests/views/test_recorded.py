@@ -186,6 +186,17 @@ def test_what_goes_in():
 
 
 @needs_points
+def test_an_array_that_the_first_transform_would_pass_by_is_refused():
+    array = coordinates(50, 64).permute(1, 2, 0).byte().numpy()
+    flip = v2.Compose([v2.RandomApply([v2.RandomHorizontalFlip(1)], 1), v2.ToImage()])
+    with pytest.raises(SERError, match=re.escape("an array, which v2.RandomHorizontalFlip passes by")):
+        recorded(flip)(array)
+    view = recorded(v2.Compose([v2.ToImage(), flip]))(array)  # the remedy
+    assert view.relation.flip.all()
+    assert torch.equal(view.images, torch.from_numpy(array).permute(2, 0, 1).flip(-1))
+
+
+@needs_points
 def test_two_crops_of_one_image_are_related():
     """What view 1 shows, moved to view 2, is what view 2 shows."""
     transform = recorded(v2.Compose([v2.RandomResizedCrop(48, (0.4, 1), interpolation=BILINEAR, antialias=False)]))
@@ -256,8 +267,10 @@ def test_workers_that_are_started_anew():
         (v2.RandomPerspective(), "v2.RandomPerspective, which is no affine map"),
         (torch.nn.Sequential(v2.RandAugment()), "v2.RandAugment, through which no points can be sent"),
         ("RandomResizedCrop", "a str"),
+        (v2.Compose([v2.ConvertBoundingBoxFormat("CXCYWH")]), "which changes the box of the record"),
+        (v2.Compose([v2.Lambda(lambda x: 2 * x), v2.ToPureTensor()]), "the pipeline without v2.ToPureTensor"),
     ],
-    ids=["v1", "v1 inside", "elastic", "perspective", "auto", "no transform"],
+    ids=["v1", "v1 inside", "elastic", "perspective", "auto", "no transform", "box", "lambda"],
 )
 def test_what_cannot_be_recorded_is_refused_at_once(transform, words):
     with pytest.raises(SERError, match=re.escape(words)):
@@ -280,8 +293,14 @@ def test_what_cannot_be_recorded_is_refused_at_once(transform, words):
             "transform of Tensor, KeyPoints, Tensor",
         ),
         (v2.ToPILImage(), "v2.ToImage(), v2.ToDtype(torch.float32, scale=True)"),
+        (v2.Compose([v2.CenterCrop(20), v2.Lambda(lambda x: x * 2 - 1)]), "a function took them for an image"),
+        (lambda sample: v2.ClampBoundingBoxes()(v2.CenterCrop(20)(sample)), "a box of [20.0, 20.0]"),
+        (v2.RandomCrop(32, padding=4, padding_mode="reflect"), 'remedy:   padding_mode="constant"'),
     ],
-    ids=["perspective", "elastic", "auto", "raises", "two", "alone", "points left", "boxes", "PIL"],
+    ids=[
+        *("perspective", "elastic", "auto", "raises", "two", "alone", "points left", "boxes", "PIL"),
+        *("points as images", "box clamped", "reflect"),
+    ],
 )
 def test_what_cannot_be_recorded_is_refused(transform, words):
     with pytest.raises(SERError, match=re.escape(words)):

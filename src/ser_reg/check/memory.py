@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ __all__ = ["memory_finding"]
 def memory_finding(case: Case, batch_size: int, ratio: float, world_size: int) -> Finding:
     """What a backward pass keeps, counted on these images and scaled to those of a rank."""
     images, views = partition_size(batch_size, ratio, world_size), case.draws[0]
-    with _Kept() as encoder:
+    kept = [p for module in (case.trunk.model, case.term) for p in module.parameters()]
+    with _Kept(kept) as encoder:
         maps = case.encode(views)
-    with _Kept() as added:
+    with _Kept(kept) as added:
         case.term(maps, views)
     grow = images / case.images
     places = maps[-1].shape[-2:].numel() if case.term.dense else 1
@@ -50,7 +52,8 @@ def _remedy(batch_size: int, images: int, world_size: int) -> str:
 class _Kept:
     """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._left_out = {p.untyped_storage().data_ptr() for p in parameters}
         self._storages: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda x: x)
 
@@ -62,8 +65,8 @@ class _Kept:
         self._hooks.__exit__(*error)
 
     def _count(self, x: Tensor) -> Tensor:
-        if not (x.is_leaf and x.requires_grad):
-            storage = x.untyped_storage()
+        storage = x.untyped_storage()  # a layer without bias keeps its weight turned over, which is a view of it
+        if storage.data_ptr() not in self._left_out:
             self._storages[storage.data_ptr()] = storage.nbytes()
         return x
 

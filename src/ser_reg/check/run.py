@@ -77,7 +77,8 @@ def check(
         teacher: the model that makes the targets of your SSL loss, if there is one.
 
     Raises:
-        SERError: fewer than three images, no such term, a process group of several ranks, or what the calls in your loop would raise.
+        SERError: fewer than three images, no term of this name, a process group of several ranks, or what the calls in
+            your loop would raise.
 
     Example:
         >>> import timm

@@ -83,7 +83,7 @@ def relation_finding(case: Case) -> Finding:
         differ = sum(abs(a - b) > SAME * abs(a) for a, b in zip(losses, wrong, strict=True))
         passed, figure = (
             differ > 0,
-            f"{figure} with another image's features; that it be lower, heads have yet to learn",
+            f"{figure} with another image's features (which is lower, heads have yet to learn)",
         )
         remedy = "from ser_reg.objectives.reading import crops_of, drawn_of  # in compare, of each image for itself"
     if all("matching" in output.logs for output in true):

@@ -25,8 +25,7 @@ def maker_for(trunk: Backbone, policy: str, size: tuple[int, int], layer: int) -
     """
     patch = trunk.stride(layer)
     if policy == "equivariant":
-        fixed = {} if trunk.any_size else {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-        return EquivariantViews(patch, **fixed)
+        return EquivariantViews(patch) if trunk.any_size else EquivariantViews(patch, scale=(1, 1), ratio=(1, 1))
     side = min(size)
     side = max(patch, side // patch * patch) if trunk.any_size else side
     photometric = Photometric() if trunk.channels == 3 else None

@@ -20,6 +20,8 @@ CALL = "recorded(transform)"
 NO_AFFINE = ("RandomPerspective", "ElasticTransform")  # of torchvision v2
 NO_POINTS = ("AugMix", "AutoAugment", "RandAugment", "TrivialAugmentWide", "CutMix", "MixUp")  # which raise on points
 PARTS = torch.tensor([[x, y] for y in (0.0, 0.5, 1.0) for x in (0.0, 0.5, 1.0)], dtype=torch.float64)
+NO_BOXES = ("ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "SetClampingMode")  # of the record
+OF_ARRAYS = ("ToImage", "ToPILImage", "ToTensor", "Lambda")  # all others of v2 pass arrays by
 MISFIT = 0.05  # pixels of the view that a point may be off where an affine map takes it
 
 
@@ -29,7 +31,8 @@ def recorded(transform: Callable[[Any], Any]) -> _Recorded:
     In a data set that has a transform, this is all that changes: PyTorch's default collate makes batches of such
     views, and images are those that the transform alone would have made, from the same random numbers.
 
-    Takes what the transform takes: a PIL image, a tensor (C, H, W) or an array (H, W, C). The images of the view have
+    Takes what the transform takes: a PIL image, a tensor (C, H, W), or an array (H, W, C) if the pipeline begins with
+    ``v2.ToImage()``, as other transforms pass arrays by. The images of the view have
     the values that the transform gives, which are not looked at: in [0, 1] where it ends in
     ``v2.ToImage(), v2.ToDtype(torch.float32, scale=True)``, normalised where ``v2.Normalize`` comes last, 0 to 255
     where it gives uint8. The relation has length 1, and `drawn` is empty: a term that wants to know colours takes
@@ -69,10 +72,16 @@ class _Recorded:
         given, remedy = f"a {type(transform).__name__}", "recorded(v2.Compose([v2.RandomResizedCrop(224)]))"
         require(callable(transform), CALL, given, "a torchvision.transforms.v2 pipeline", remedy)
         _points_of_torchvision()
-        for part in _parts(transform):
+        parts = list(_parts(transform))
+        for part in parts:
             _check_part(part)
         self.transform = transform
-        self._erases = any(type(part).__name__ == "RandomErasing" for part in _parts(transform))
+        self._erases = any(type(part).__name__ == "RandomErasing" for part in parts)
+        self._pure = any(type(part).__name__ == "ToPureTensor" for part in parts)
+        if self._pure:  # behind which nothing tells whether a function took the points for an image
+            of_all = any(type(part).__name__ == "Lambda" and object in part.types for part in parts)
+            given = "a v2.Lambda of everything beside v2.ToPureTensor"
+            require(not of_all, CALL, given, "a function of images", "the pipeline without v2.ToPureTensor")
 
     def __repr__(self) -> str:
         return f"recorded({self.transform!r})"
@@ -80,12 +89,22 @@ class _Recorded:
     def __call__(self, image: Any) -> View:
         """The view of one image."""
         size = _size(image)
+        self._check_array(image)
         sample = (image, *_witnesses(size))
         # Only then, as it would repeat every other warning that Python shows once.
         with _no_word_on_points() if self._erases else contextlib.nullcontext():
             result = self._transformed(sample)
-        moved, points, box = _checked(result)
-        return View(moved, _relation(points, box, (moved.shape[-2], moved.shape[-1])), {})
+        moved, points, box = _checked(result, self._pure)
+        return View(moved, _relation(points, box, size, (moved.shape[-2], moved.shape[-1])), {})
+
+    def _check_array(self, image: Any) -> None:
+        """Raise on an array that the first transform would pass by, while it moves the points."""
+        first = next((part for part in _parts(self.transform) if _inside(part) is None), self.transform)
+        name = type(first).__name__
+        fine = isinstance(image, Tensor) or not hasattr(image, "__array_interface__") or hasattr(image, "getbands")
+        fine = fine or ".v2" not in type(first).__module__ or name in OF_ARRAYS
+        given, remedy = f"an array, which v2.{name} passes by", "recorded(v2.Compose([v2.ToImage(), transform]))"
+        require(fine, CALL + "(image)", given, "a PIL image or a tensor (C, H, W)", remedy)
 
     def _transformed(self, sample: tuple[Any, ...]) -> Any:
         try:
@@ -97,6 +116,8 @@ class _Recorded:
                 "transforms of torchvision.transforms.v2 alone; v2.Lambda(f, PIL.Image.Image, tv_tensors.Image) for a "
                 "function of images; inside of one that makes several crops: TwoCrops(recorded(transform))"
             )
+            if "Padding mode" in str(error):
+                remedy = 'padding_mode="constant", the only one with which points can be moved'
             expected = "a transform that takes (image, key points, bounding box) and moves all three alike"
             raise SERError(CALL + "(image)", f"{type(error).__name__}: {error}", expected, remedy) from error
 
@@ -126,11 +147,16 @@ def _points_of_torchvision() -> Any:
 def _parts(transform: Any) -> Iterator[Any]:
     """The transform and all that it is composed of, as far as can be seen from outside."""
     yield transform
+    for part in _inside(transform) or ():
+        yield from _parts(part)
+
+
+def _inside(transform: Any) -> list[Any] | None:
+    """What a transform is composed of; None where it is composed of nothing."""
     inside = getattr(transform, "transforms", None)  # of Compose, RandomApply, RandomChoice
     if inside is None and isinstance(transform, (torch.nn.Sequential, torch.nn.ModuleList)):
-        inside = list(transform)
-    for part in inside if isinstance(inside, (list, tuple, torch.nn.ModuleList)) else ():
-        yield from _parts(part)
+        inside = transform
+    return list(inside) if isinstance(inside, (list, tuple, torch.nn.Sequential, torch.nn.ModuleList)) else None
 
 
 def _check_part(part: Any) -> None:
@@ -155,6 +181,8 @@ def _check_part(part: Any) -> None:
         given = f"v2.{name}, through which no points can be sent"
         remedy = f"the pipeline without v2.{name}, v2.ColorJitter(0.4, 0.4, 0.2, 0.1) instead"
         require(name not in NO_POINTS, CALL, given, expected, remedy)
+        given, remedy = f"v2.{name}, which changes the box of the record", f"the pipeline without v2.{name}"
+        require(name not in NO_BOXES, CALL, given, expected, remedy)
 
 
 def _size(image: Any) -> tuple[int, int]:
@@ -186,7 +214,7 @@ def _witnesses(size: tuple[int, int]) -> tuple[Any, Any]:
     )
 
 
-def _checked(result: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(result: Any, pure: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(image, points, box) as plain tensors, after a look at whether the result is that."""
     call = CALL + "(image)"
     several = isinstance(result, (tuple, list)) and len(result) == 3
@@ -208,6 +236,11 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = f"an image {size}, its key points on {canvas}"
     expected = "transforms that move key points along with the image"
     remedy = "transforms of torchvision.transforms.v2 alone"
+    kinds = _points_of_torchvision()
+    kept = pure or (isinstance(points, kinds.KeyPoints) and isinstance(box, kinds.BoundingBoxes))
+    of_images = "v2.Lambda(f, PIL.Image.Image, tv_tensors.Image), behind v2.ToImage()"
+    words = "points or a box that became plain tensors: a function took them for an image"
+    require(kept, call, words, "functions of images alone", of_images)
     near = all(abs(side - other) <= 1 for side, other in zip(size, canvas, strict=True))  # rotations that expand
     require(near, call, given, expected, remedy)
     # Plain tensors: a subclass would follow into every product and into the user's batch.
@@ -215,7 +248,7 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Tensor]:
     return moved, points.double().cpu(), box.double().cpu()
 
 
-def _relation(points: Tensor, box: Tensor, new: tuple[int, int]) -> Affine:
+def _relation(points: Tensor, box: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Affine:
     """The affine map that moved the points; in pixels first, (x, y) as torchvision has it.
 
     Torchvision's points are indices to flips and edges of pixels to all else, read one way or the other off by up to a
@@ -232,6 +265,12 @@ def _relation(points: Tensor, box: Tensor, new: tuple[int, int]) -> Affine:
         "crops, flips, rotations and affine transforms: a perspective or elastic one has no relation to work with",
         "the pipeline without v2.RandomPerspective and v2.ElasticTransform",
     )
+    hull, sides = linear.abs().sum(1), box[0, 2:] - box[0, :2]  # of a moved rectangle; torchvision rounds a little
+    room = 0.1 * hull + 2 * (linear.abs() / torch.tensor([old[1], old[0]])).max().clamp(min=1)
+    given = f"key points that span {hull.tolist()} pixels, a box of {sides.tolist()}"
+    expected = "transforms that move points and boxes alike"
+    remedy = "kernels for tv_tensors.KeyPoints and tv_tensors.BoundingBoxes; no transforms that convert or clamp boxes"
+    require(bool(((hull - sides).abs() <= room).all()), CALL + "(image)", given, expected, remedy)
     centre = torch.stack([box[0, 0] + box[0, 2], box[0, 1] + box[0, 3]]) / 2
     half = torch.tensor([new[1], new[0]], dtype=torch.float64) / 2
     matrix = torch.eye(3, dtype=torch.float64)
