@@ -14,6 +14,11 @@ from ser_reg import IMAGENET, SERError, SERLoss, check, late_cls
 from ser_reg.check import CheckReport, Finding
 from ser_reg.check import processes as two_processes
 from ser_reg.check import run as asking
+from ser_reg.check.memory import _Kept
+from ser_reg.check.views import draw_views
+from ser_reg.objectives import OBJECTIVES, STL, AugSelf, EquiMod, Reconstruction
+from ser_reg.objectives.heads import MLP
+from ser_reg.views import CroppedViews, PathViews, Photometric
 
 LAYER = 2
 CLS, GRADIENT, RELATION, PROCESSES, MEMORY = range(-5, 0)  # those that are always asked; others come between
@@ -36,14 +41,32 @@ def alone(monkeypatch):
     monkeypatch.setattr(asking, "processes_finding", lambda case: Finding("processes", True, "not asked"))
 
 
+def answer(here, folder):
+    two_processes._answer(folder, here.rank, here.group)
+
+
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    """What is right, and what the two processes answered: they are started once."""
+def run_ranks(run):
+    """Two processes that are there already; the check's own example starts two."""
+
+    def run_ranks(folder):
+        return "".join(f"{type(found).__name__}: {found}" for found in run(2, answer, folder) if found is not None)
+
+    return run_ranks
+
+
+@pytest.fixture
+def ranks(run_ranks, monkeypatch):
+    monkeypatch.setattr(two_processes, "_run_ranks", run_ranks)
+
+
+@pytest.fixture(scope="module")
+def healthy(run_ranks, tmp_path_factory):
+    """What is right, and what the two processes answered."""
     answers = tmp_path_factory.mktemp("answers")
-    start = two_processes._run_ranks
 
     def run_and_keep(folder):
-        failed = start(folder)
+        failed = run_ranks(folder)
         shutil.copytree(folder, answers, dirs_exist_ok=True)
         return failed
 
@@ -171,6 +194,166 @@ class Wrong(SERLoss):
     def compare(self, features, views, group):
         view1, view2 = views
         return super().compare(features, [view1, view2._replace(relation=view1.relation @ view1.relation)], group)
+
+
+NAMES = sorted(OBJECTIVES)
+COLOURS = Photometric(solarize=0.5)
+
+
+class TestTerms:
+    """Every term, by its name, its class, or as it is trained."""
+
+    @pytest.mark.usefixtures("ranks")
+    @pytest.mark.parametrize("name", NAMES)
+    def test_passes_every_term(self, vit, name):
+        report = check(vit, layer=LAYER, term=name, batch_size=64)
+        assert report.passed, str(report)
+        moves = OBJECTIVES[name].policy == "equivariant"
+        question = "the true relation has a lower loss" if moves else "the loss depends on how views were made"
+        assert report.findings[RELATION].question.startswith(question)
+        assert ("matching" in report.findings[RELATION].figure) == OBJECTIVES[name].dense
+        assert report.findings[MEMORY].figure.startswith("2 images" if moves else "64 images")
+
+    @pytest.mark.usefixtures("alone")
+    @pytest.mark.parametrize("name", NAMES)
+    def test_models_of_one_size_and_with_stages(self, name):
+        static = late_cls(timm.models.VisionTransformer(**SIZES), LAYER)
+        assert check(static, layer=LAYER, term=OBJECTIVES[name]).passed
+        torch.manual_seed(0)
+        resnet = timm.create_model("resnet10t", channels=(8, 8, 16, 16))
+        report = check(resnet, layer=1, term=name, image_size=32)
+        untrained = {RELATION} if OBJECTIVES[name].policy == "equivariant" else set()  # which need not know places yet
+        assert all(report.findings[i].passed for i in {GRADIENT, RELATION, MEMORY} - untrained), str(report)
+
+    @pytest.mark.usefixtures("alone")
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: AugSelf(32, flip=1, turn=1, solarize=1, maker=CroppedViews(24, photometric=COLOURS, turned=True)),
+            lambda: Reconstruction(32, patch_size=8, maker=PathViews("colour", 3, 24)),
+            lambda: STL(32, rank=4, invariance=1),
+            lambda: SERLoss(32, maker=CroppedViews(32, area=(0.5, 1))),
+        ],
+    )
+    def test_takes_a_term_as_it_is_trained(self, vit, make):
+        """With three images, of which pairs need four; of another size; with a maker, whose views are taken."""
+        images = nn.functional.interpolate(torch.randn(3, 3, 8, 10), (32, 40))
+        report = check(vit, images, LAYER, make())
+        assert report.passed, str(report)
+
+    @pytest.mark.parametrize("normalize", [None, IMAGENET])
+    @pytest.mark.parametrize("policy", ["cropped", "path"])
+    def test_makers_see_pixels_and_the_model_what_it_takes(self, policy, normalize):
+        """Views that change nothing are the images again; targets stay pixels."""
+        still = {"size": 32, "area": (1, 1), "ratio": (1, 1), "flip": 0, "normalize": normalize}
+        maker = PathViews("blur", **still) if policy == "path" else CroppedViews(**still)
+        mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+        images = (torch.rand(4, 3, 32, 32) - mean) / std
+        term = Reconstruction(8) if policy == "path" else AugSelf(8)
+        for views in draw_views(maker, term, images, 2):
+            torch.testing.assert_close(views[0].images, images, rtol=0, atol=1e-4)
+            assert len(views) == (4 if policy == "path" else 2)
+            for target in views[2:]:
+                assert 0 <= target.images.min() < 0.1 < 0.9 < target.images.max() <= 1
+
+    def test_draws_by_seed_and_leaves_the_global_state_alone(self):
+        term, maker = AugSelf(8), CroppedViews(16, photometric=Photometric())
+        before = torch.get_rng_state()
+        once, twice = (draw_views(maker, term, torch.zeros(3, 3, 32, 32), 2) for _ in range(2))
+        assert torch.equal(before, torch.get_rng_state())
+        assert all(a.relation == b.relation for a, b in zip(once[1], twice[1], strict=True))
+        assert once[0][0].relation != once[1][0].relation
+
+    def test_another_name(self, vit):
+        with pytest.raises(SERError) as error:
+            check(vit, term="equimodd")
+        assert error.value.call == "check(model, term='equimodd')"
+        assert "equimod, essl" in error.value.expected
+
+    @pytest.mark.usefixtures("alone")
+    @pytest.mark.parametrize("term", ["deaf", "alike"])
+    def test_finds_a_term_that_does_not_heed_how_views_were_made(self, vit, term):
+        term = {"deaf": Deaf, "alike": Alike}[term]
+        report = check(vit, layer=LAYER, term=term)
+        assert report.findings[GRADIENT].passed
+        assert not report.findings[RELATION].passed
+        assert "drawn_of" in report.findings[RELATION].remedy
+
+    @pytest.mark.usefixtures("alone")
+    def test_finds_heads_that_train_alone(self, vit):
+        gradient = check(vit, layer=LAYER, term=Detached).findings[GRADIENT]
+        assert not gradient.passed
+        assert gradient.figure.startswith("smallest norm 0.0e+00")
+
+    @pytest.mark.usefixtures("ranks")
+    @pytest.mark.parametrize(
+        ("term", "remedy"),
+        [("LocalNorm", "heads.BatchNorm(width)"), ("LocalMean", "distributed.all_gather("), ("Dropped", "")],
+    )
+    def test_processes_that_differ(self, vit, term, remedy):
+        """Batch norm of each rank for itself, means of each rank; but dropouts are no mistake."""
+        processes = check(vit, layer=LAYER, term=globals()[term]).findings[PROCESSES]
+        assert processes.passed == (not remedy), str(processes)
+        assert remedy in processes.remedy
+        assert "Error" not in processes.figure or term == "LocalNorm"  # which cannot do with one row
+
+    def test_what_is_kept_are_no_parameters(self):
+        linear = nn.Linear(64, 64, bias=False)
+        with _Kept(linear.parameters()) as kept:
+            linear(torch.randn(2, 64, requires_grad=True)).square().sum()
+        assert kept.bytes == 2 * 2 * 64 * 4  # in and out
+
+
+class Deaf(AugSelf):
+    """Tells the difference between a view and itself."""
+
+    def compare(self, features, views, group):
+        return super().compare(features, [views[0], views[0]], group)
+
+
+class Alike(EquiMod):
+    """Tells all images the same parameters: those of the first."""
+
+    def compare(self, features, views, group):
+        return super().compare(features, [view[[0] * len(features[0])] for view in views], group)
+
+
+class Detached(AugSelf):
+    """Features that were detached, and asked for a gradient that goes nowhere."""
+
+    def compare(self, features, views, group):
+        return super().compare([z.detach().requires_grad_() for z in features], views, group)
+
+
+class LocalNorm(AugSelf):
+    """Normalises by the rows of a rank."""
+
+    def __init__(self, dim, **options):
+        super().__init__(dim, **options)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def compare(self, features, views, group):
+        return super().compare([self.norm(z) for z in features], views, group)
+
+
+class LocalMean(AugSelf):
+    """Takes the mean over the images of a rank, of which another has more."""
+
+    def image_counts(self, call, features, group, least=2):
+        counts = super().image_counts(call, features, group, least)
+        return [len(features[0])] * len(counts)
+
+
+class Dropped(AugSelf):
+    """Drops channels in training."""
+
+    def __init__(self, dim, **options):
+        super().__init__(dim, **options)
+        self.dropout = nn.Dropout2d(0.5)
+        self.heads["crop"] = MLP([2 * dim, 16, 4], last_bias=True)
+
+    def compare(self, features, views, group):
+        return super().compare([self.dropout(z) for z in features], views, group)
 
 
 class TestProcesses:

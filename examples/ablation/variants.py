@@ -191,7 +191,7 @@ ABLATIONS: dict[str, Ablation] = {
             Variant("SER on crops", "moco_v3--crops", "ser --term.crops"),
             Variant("SER on turned crops", "moco_v3--crops--crop-turns", "ser --term.crops --crop-turns"),
         ),
-        "Turns: each crop by 0 to 3 quarter turns, at random.",
+        "r = 0.25 throughout: SER reads 16 of 64 images, whole or cropped. Turned: each crop by 0 to 3 quarter turns.",
         MATCHING,
     ),
     "channels": Ablation(

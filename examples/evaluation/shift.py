@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data.base import Reduction
 from data.folders import is_image
 from PIL import Image
 from torch import Tensor, nn
@@ -88,8 +89,8 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def image(self, i: int) -> Image.Image:
-        return read_image(self.name(i))
+    def image(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return read_image(self.name(i), reduction=reduction)
 
     def label(self, i: int) -> int:
         return self._samples[i][1]

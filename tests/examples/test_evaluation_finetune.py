@@ -86,7 +86,7 @@ def test_every_epoch_has_crops_and_an_order_of_its_own(folder):
         def __len__(self):
             return len(source)
 
-        def image(self, i):
+        def image(self, i, reduction=None):
             seen.append(i)
             return source.image(i)
 

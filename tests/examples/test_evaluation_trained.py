@@ -46,10 +46,10 @@ def seen(monkeypatch):
         def __getattr__(self, name):
             return getattr(self.source, name)
 
-        def image(self, i):
+        def image(self, i, reduction=None):
             for training in now:
                 training.append((self.split, i))
-            return self.source.image(i)
+            return self.source.image(i, reduction)
 
     watch(trained, "fit")
     watch(finetune, "finetune")

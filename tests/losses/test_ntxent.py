@@ -470,6 +470,8 @@ V = torch.ones(3, 4, dtype=torch.bool)
         (Z, Z, {"temperature": math.nan}, "given:    temperature=nan"),
         (Z, Z, {"temperature": math.inf}, "given:    temperature=inf"),
         (Z, Z, {"temperature": torch.tensor(0.3)}, "a finite temperature above 0"),
+        (Z, Z, {"temperature": "0.3"}, "given:    temperature='0.3'"),
+        (Z, Z, {"chunk_size": 2.5}, "given:    chunk_size=2.5"),
         (Z, Z, {"chunk_size": 0}, "given:    chunk_size=0\n  expected: a tile of at least 1 token"),
         (Z[0], Z[0], {}, "z1 (4, 8) torch.float32 on cpu, z2 (4, 8) torch.float32 on cpu"),
         (Z[0], Z[0], {}, "expected: token lists (B, N, D)"),

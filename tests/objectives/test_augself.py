@@ -139,6 +139,7 @@ def test_logs_of_a_head_that_knows():
         (lambda: AugSelf(DIM, colour=0, maker=CroppedViews(area=(1, 1))), "a maker that draws no crop"),
         (lambda: AugSelf(DIM, colour=0, flip=1, maker=CroppedViews(flip=0)), "a maker that draws no flip"),
         (lambda: AugSelf(DIM, colour=0, turn=1, maker=CroppedViews()), "a maker that draws no turn"),
+        (lambda: AugSelf(DIM, colour=0, turn=1, maker=CroppedViews()), "CroppedViews(turned=True)"),
         (lambda: AugSelf(DIM, solarize=1, maker=CroppedViews(photometric=Photometric())), "draws no solarize"),
         (lambda: AugSelf(DIM, blur=1, maker=CroppedViews(photometric=Photometric(blur=0))), "draws no blur"),
     ],

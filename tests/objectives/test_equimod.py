@@ -122,6 +122,7 @@ def test_a_whole_image_is_an_original():
         (lambda: EquiMod(DIM, width=1.5), "width=1.5"),
         (lambda: EquiMod(DIM, maker=Photometric()), "a Photometric without the original"),
         (lambda: EquiMod(DIM, maker=PathViews()), "a PathViews without the original"),
+        (lambda: EquiMod(DIM, maker=CroppedViews(views=1, original=True)), "a maker of 1 crop"),
         (lambda: EquiMod(DIM, maker=CroppedViews(photometric=Photometric())), "a CroppedViews without the original"),
         (lambda: EquiMod(DIM, maker=CroppedViews(original=True)), "no jitter, order"),
     ],

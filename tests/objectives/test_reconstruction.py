@@ -122,6 +122,7 @@ def test_matching_moves_the_tokens_of_view_1():
     [
         (lambda v: v[:2], "0 views behind", "PathViews("),
         (lambda v: v[:3], "1 views behind", "Reconstruction(dim, targets=1)"),
+        (lambda v: [*v[:2], v[2]._replace(drawn={})], "1 views behind", "PathViews("),  # a third crop
         (lambda v: [*v[:3], v[3]._replace(images=2 * v[3].images)], "target 2 from", "normalize=IMAGENET"),
         (
             lambda v: [*v[:2], *(t._replace(images=t.images[:, :1]) for t in v[2:])],

@@ -518,6 +518,14 @@ def test_bad_input_says_what_to_type(ser, call, text):
     assert text in str(caught.value)
 
 
+def test_channels_cannot_follow_another_angle():
+    views = [View(torch.empty(2, 0), relation, {}) for relation in (Affine.identity(2), Affine.rotation(torch.ones(2)))]
+    with pytest.raises(SERError) as caught:
+        SERLoss(8, channels="regular").eval()(torch.randn(2, 2, 8, 3, 3).unbind(), views)
+    assert caught.value.call == "SERLoss(..., channels='regular')(features, views)"
+    assert SERLoss(8).eval()(torch.randn(2, 2, 8, 3, 3).unbind(), views).loss.isfinite()  # the remedy
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -525,6 +533,7 @@ def test_bad_input_says_what_to_type(ser, call, text):
         (lambda: SERLoss(8, projection_dim=2.5), "projection_dim=2.5"),
         (lambda: SERLoss(8, temperature=0), "temperature=0"),
         (lambda: SERLoss(8, temperature=math.nan), "temperature=nan"),
+        (lambda: SERLoss(8, temperature=None), "temperature=None"),
         (lambda: SERLoss(8, channels="odd"), "SERLoss(8, channels='odd')"),
         (lambda: SERLoss(12, channels="regular"), "12 channels\n  expected: a multiple of 8"),
     ],

@@ -225,3 +225,24 @@ def test_every_setting_is_documented_by_its_name(name):
     documented = OBJECTIVES[name].__doc__
     for setting in inspect.signature(OBJECTIVES[name]).parameters:
         assert f"\n        {setting}: " in documented, setting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_for_features_and_for_terms_that_say_so(name):
+    features, views = CASES[name].batch(name, 4)
+    half = [z.detach().to(torch.bfloat16).requires_grad_() for z in features]
+    term = build(name).bfloat16()
+    if term.half_precision:
+        assert term(half, views).loss.isfinite()
+        return
+    with pytest.raises(SERError, match=r"term\.float\(\)"):
+        term(half, views)
+    assert term.float()(half, views).loss.isfinite()
+
+
+def test_features_and_views_come_in_lists():
+    features, views = CASES["ser"].batch("ser", 4)
+    term = build("ser")
+    for z, some in (((each for each in features), views), (features, iter(views)), (None, views), (features, None)):
+        with pytest.raises(SERError, match="a list or a tuple of each"):
+            term(z, some)

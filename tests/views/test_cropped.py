@@ -284,6 +284,11 @@ def test_whole_images_are_left_as_they_are():
         ({"turned": "all", "original": True}, "an original beside turned='all'"),
         ({"photometric": v2.ColorJitter(0.4)}, "a photometric part of ColorJitter"),
         ({"photometric": (STRONG,)}, "1 photometric parts for 2 views"),
+        ({"flip": "often"}, "flip='often'"),
+        ({"paired": "yes"}, "CroppedViews(paired=True)"),
+        ({"original": 1}, "CroppedViews(original=True)"),
+        ({"normalize": (0.5, 0.5)}, "normalize=IMAGENET"),
+        ({"normalize": ([0.5] * 3, [0.0] * 3)}, "a number for each channel"),
     ],
     ids=str,
 )
@@ -299,16 +304,27 @@ def test_images_that_cannot_be():
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "make_views(images.float() / 255)"),
         (torch.rand(2, 3, 8, 8) * 255, "make_views(images / 255)"),
         ([1], "a list of int"),
+        (torch.rand(2, 1, 8, 8), "make_views(images.expand(-1, 3, -1, -1))"),
+        (torch.rand(2, 3, 8, 8) * 1.5, "make_views(images.clamp(0, 1))"),
+        (torch.rand(2, 3, 8, 8) * 4 - 2, "make_views(images * std + mean)"),
+        (torch.full((2, 3, 8, 8), float("nan")), "torch.isfinite(images).all()"),
+        (torch.rand(2, 3, 0, 8), "images with channels and pixels"),
     ):
-        with pytest.raises(SERError, match=re.escape(words)):
+        with pytest.raises(SERError, match=re.escape(words)) as caught:
             make_views(images)
+        assert caught.value.call == "CroppedViews(...)(images)"
+    with pytest.raises(SERError, match="the 3 channels of normalize="):
+        CroppedViews(size=8, normalize=IMAGENET)(torch.rand(2, 1, 8, 8))  # and not three channels of one
     plan = make_views.draw(3, (8, 8))
     with pytest.raises(SERError, match="the 3 images of the plan"):
         make_views.render(torch.rand(2, 3, 8, 8), plan)
     with pytest.raises(SERError, match="a plan of 2 views"):
         CroppedViews(size=8, original=True).render(torch.rand(3, 3, 8, 8), plan)
-    with pytest.raises(SERError, match="a number of images"):
-        make_views.draw(-1, (8, 8))
+    for n, size in ((-1, (8, 8)), (2.0, (8, 8)), (2, 8), (torch.rand(2, 3, 8, 8), (8, 8))):
+        with pytest.raises(SERError, match="a number of images"):
+            make_views.draw(n, size)
+    with pytest.raises(SERError, match="a NoneType"):
+        make_views.render(torch.rand(2, 3, 8, 8), None)
 
 
 def test_a_generator_elsewhere_is_refused():

@@ -1,6 +1,7 @@
 """The policy T_eq: what is shared within a view, what is drawn for each sample, and that it all fits together."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -364,3 +365,18 @@ def test_a_part_that_draws_once_for_a_batch_is_told_and_one_that_draws_for_each_
     with pytest.warns(UserWarning, match="torch.stack"):
         make_views(images)
     make_views(images)  # once
+
+
+def test_colours_need_three_channels_and_normalize_one_number_for_each():
+    make_views = EquivariantViews(patch_size=4, photometric=Photometric(), normalize=IMAGENET)
+    for images, words in (
+        (torch.rand(2, 1, 16, 16), "make_views(images.expand(-1, 3, -1, -1))"),
+        (torch.rand(2, 3, 16, 16) * 255, "make_views(images / 255)"),
+    ):
+        with pytest.raises(SERError, match=re.escape(words)) as caught:
+            make_views(images)
+        assert caught.value.call == "EquivariantViews(patch_size=4)(images)"
+    with pytest.raises(SERError, match="the 3 channels of normalize="):
+        EquivariantViews(patch_size=4, normalize=IMAGENET)(torch.rand(2, 1, 16, 16))
+    with pytest.raises(SERError, match="normalize=IMAGENET"):
+        EquivariantViews(patch_size=4, normalize="imagenet")

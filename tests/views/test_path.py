@@ -240,6 +240,8 @@ def test_no_images():
         ({"fill": "grey"}, "one of reflect, edge, zeros"),
         ({"final": 1}, "True or False"),
         ({"size": 0}, "a whole number of pixels"),
+        ({"family": ["rotation"]}, "one of rotation, translation, se2, colour, blur"),
+        ({"normalize": 0.5}, "normalize=IMAGENET"),
     ],
     ids=str,
 )
@@ -257,8 +259,15 @@ def test_images_and_paths_that_cannot_be():
     with pytest.raises(SERError, match=re.escape("theta (2, 1) for u (2, 3, 8, 8)")):
         make_views.render_path(torch.rand(2, 3, 8, 8), torch.zeros(2, 1))
 
+    with pytest.raises(SERError, match=re.escape("make_views(images.expand(-1, 3, -1, -1))")):
+        PathViews("colour", size=8)(torch.rand(2, 1, 8, 8))
+    with pytest.raises(SERError, match="a CroppedPlan"):
+        make_views.render(torch.rand(2, 3, 8, 8), CroppedViews(size=8).draw(2, (8, 8)))
+
     class Elsewhere:
         device = torch.device("cuda")
 
     with pytest.raises(SERError, match="a generator on cuda"):
         make_views.draw(2, (8, 8), Elsewhere())
+    with pytest.raises(SERError, match="a int for a generator"):
+        make_views.draw_theta(2, 7)

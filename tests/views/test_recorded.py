@@ -294,7 +294,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(transform, words):
         ),
         (v2.ToPILImage(), "v2.ToImage(), v2.ToDtype(torch.float32, scale=True)"),
         (v2.Compose([v2.CenterCrop(20), v2.Lambda(lambda x: x * 2 - 1)]), "a function took them for an image"),
-        (lambda sample: v2.ClampBoundingBoxes()(v2.CenterCrop(20)(sample)), "a box of [20.0, 20.0]"),
+        (lambda sample: v2.ClampBoundingBoxes("hard")(v2.CenterCrop(20)(sample)), "a box of [20.0, 20.0]"),
         (v2.RandomCrop(32, padding=4, padding_mode="reflect"), 'remedy:   padding_mode="constant"'),
     ],
     ids=[

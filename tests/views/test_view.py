@@ -67,6 +67,14 @@ def test_a_relation_is_of_elements_iff_both_are(g):
         assert (found @ first).allclose(there)
 
 
+def test_a_relation_for_all_images_stays_one_for_some():
+    whole = View(torch.rand(4, 3, 8, 8), Affine.rotation(30.0), {})
+    for index, n in ((slice(1, 3), 2), (3, 1), ([0, 2], 2)):
+        some = whole[index]
+        assert len(some.images) == n
+        assert some.relation == whole.relation
+
+
 def test_views_of_crops_are_views_like_others():
     whole = view(crops(5))
     assert whole[[3, 0]].relation == whole.relation[[3, 0]]

@@ -263,8 +263,8 @@ def _complaint(
         return SERError(call, given or ", ".join(views), expected, remedy)
 
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        return wrong("a finite temperature above 0", "temperature=0.3", f"temperature={temperature}")
-    if chunk_size is not None and chunk_size < 1:
+        return wrong("a finite temperature above 0", "temperature=0.3", f"temperature={temperature!r}")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         return wrong("a tile of at least 1 token", "chunk_size=None  # automatic", f"chunk_size={chunk_size}")
     listed = valid is not None and z1.ndim == 2
     if not (z1.ndim == 3 or listed) or not (z2.ndim == 3 or listed):

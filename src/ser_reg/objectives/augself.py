@@ -162,7 +162,9 @@ class AugSelf(Objective):
         }
         for name in self.weights:
             given = f"a maker that draws no {name}"
-            remedy = f"AugSelf(dim, {name}=0)  # or {self.wants}"
+            drawing = {"turn": "CroppedViews(turned=True)", "solarize": "Photometric(solarize=0.2)"}
+            drawn = drawing.get(name, "CroppedViews(photometric=Photometric())")
+            remedy = f"AugSelf(dim, {name}=0)  # or a maker with {drawn}"
             call = f"AugSelf(dim, maker=make_views, {name}={self.weights[name]:g})"
             require(draws[name], call, given, f"views that differ in {name}", remedy)
         return ranges

@@ -1,12 +1,19 @@
 """What a term is: features of several views, and how the views were made, give a loss to add.
 
 A new term is a file beside this one with a subclass of `Objective`, and a line in `OBJECTIVES`. It sets `wants` and
-`policy`, takes ``Term(dim, own settings, *, maker=None)`` and writes `compare`; everything that terms share is here,
-and layers of heads are in heads.py.
+`policy`, takes ``Term(dim, own settings, *, maker=None)``, each setting explained by its name under Args, where the
+trainings' flags read it, and writes `compare`:
 
-In `compare` a term first reads what it needs of the views, by reading.py, which raises where they are of another kind;
-then says its first word to the other ranks: `image_counts`, or a loss of this library; then computes.
-What it compares across images is gathered, losses of single images are averaged by `mean_over_ranks`.
+1. It reads what it needs of the views. By reading.py, which has a crop's box and what was drawn for colours, and raises
+   where views are of another kind.
+2. It says its first word to the other ranks: `image_counts`, or a loss of losses/, which counts by itself.
+3. It computes. By heads.py, whose perceptrons and batch norm are over all ranks as torch's are not, and which averages
+   maps over their places; what is compared across images is gathered, or given to a loss of losses/; losses of single
+   images are averaged by `mean_over_ranks`.
+4. It logs. By measures.py: ``accuracy`` or ``r2``, ``chance`` (the loss when nothing is told), ``feature_std`` (0 when
+   all are one) and, of maps, ``matching``.
+
+What all terms share is done here. ``ser_reg.check(model, term=Term)`` asks a new one whether it trains what it should.
 """
 
 from __future__ import annotations
@@ -98,6 +105,8 @@ class Objective(nn.Module):
     """λ of the source, which trainings take unless told."""
     gathers: bool = True
     """Whether `compare` gathers over ranks, beginning with `all_gather_counts`, as the losses of this library do."""
+    half_precision: bool = False
+    """Whether parameters may be of half precision. Batch norm and cross-entropy of heads want float32."""
     keys_width: int = 0
     """Numbers of each token that other ranks receive."""
 
@@ -138,7 +147,8 @@ class Objective(nn.Module):
         """
         call = f"{type(self).__name__}(...)(features, views)"
         # Here and below no next(..., default): torch.compile of torch 2.6 cannot trace that.
-        device = [*(z.device for z in features if isinstance(z, Tensor)), torch.device("cpu")][0]
+        some = features if isinstance(features, (list, tuple, Tensor)) else ()
+        device = [*(z.device for z in some if isinstance(z, Tensor)), torch.device("cpu")][0]
         # One float32 island: half precision loses tokens in resampling and candidates in the log-sum-exp.
         with torch.autocast(device.type, enabled=False):
             _, world_size = rank_and_world_size(group)
@@ -191,6 +201,9 @@ class Objective(nn.Module):
 
     def _checked(self, call: str, features: Sequence[Tensor], views: Sequence[View]) -> list[Tensor]:
         """The features, in the precision of the island."""
+        listed = isinstance(features, (list, tuple, Tensor)) and isinstance(views, (list, tuple))
+        given = f"features in a {type(features).__name__}, views in a {type(views).__name__}"
+        require(listed, call, given, "a list or a tuple of each", "z = [patch_tokens(vit, v.images, 3) for v in views]")
         given = f"{len(features)} features, {len(views)} views"
         fit = len(features) == self.encoded <= len(views)
         require(fit, call, given, f"{self.encoded} features, and the views they are of", self.wants)
@@ -216,6 +229,9 @@ class Objective(nn.Module):
             "one device",
             f"term.to({str(z1.device)!r})",
         )
+        half = weight is not z1 and weight.dtype in (torch.float16, torch.bfloat16)
+        given, expected = f"a term of {weight.dtype}", "parameters in float32; features may be of half precision"
+        require(self.half_precision or not half, call, given, expected, "term.float()")
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         cast = [z.to(dtype) for z in features]
         if z1.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would have to wait

@@ -141,9 +141,12 @@ class EquiMod(Objective):
     def _moments(self, maker: object) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each parameter, over both crops; 1 where it does not vary."""
         call = "EquiMod(dim, maker=make_views)"
-        given, wants = f"a {type(maker).__name__} without the original", self.wants.removesuffix("(images)")
+        given = f"a {type(maker).__name__} without the original"
+        wants = "make_views = CroppedViews(size=224, photometric=Photometric(), original=True)"
         require(getattr(maker, "original", False), call, given, "crops, and the original ahead of them", wants)
         drawing: Any = maker
+        given = f"a maker of {drawing.views} crop"
+        require(drawing.views >= 2, call, given, "two crops, and the original ahead of them", wants)
         plan = drawing.draw(DRAWS, (SIDE, SIDE), torch.Generator().manual_seed(0))
         empty = torch.empty(DRAWS, 0)
         views = [View(empty, relation, drawn) for relation, drawn in zip(plan.relations, plan.drawn, strict=True)]

@@ -171,7 +171,8 @@ class Reconstruction(Objective):
         require(z1.shape == z2.shape, call, given, "views of one size", self.wants)
         found = [view.images for view in views[2:]]
         given, many = f"{len(found)} views behind the two that are encoded", len(self.decoders)
-        other = f"Reconstruction(dim, targets={len(found)})" if found else self.wants
+        on_a_path = found and all("theta" in view.drawn for view in views[1:])
+        other = f"Reconstruction(dim, targets={len(found)})" if on_a_path else self.wants
         require(len(found) == many, call, given, f"{many} images on the way", other)
         height, width = z1.shape[-2:]
         for i, images in enumerate(found, start=1):

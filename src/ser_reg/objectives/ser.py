@@ -9,12 +9,12 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import require
+from ..errors import SERError, require
 from ..geometry import Affine, GroupElement, act, check_channels, move_channels
 from ..losses.ntxent import contrast
 from ..losses.tokens import places, to_device
 from ..views.view import View, relation
-from .base import Objective, Output, check_size
+from .base import Objective, Output, check_number, check_size
 from .measures import feature_std, matching
 
 __all__ = ["SERLoss"]
@@ -71,6 +71,7 @@ class SERLoss(Objective):
     wants = "views = EquivariantViews(patch_size=16)(images)"
     policy = "equivariant"
     default_weight = 0.5
+    half_precision = True
 
     def __init__(
         self,
@@ -83,9 +84,8 @@ class SERLoss(Objective):
     ) -> None:
         super().__init__(dim, maker=maker)
         check_size("SERLoss(dim, projection_dim)", "projection_dim", projection_dim, "SERLoss(vit.embed_dim)")
-        fine = 0 < temperature < float("inf")
         call, remedy = "SERLoss(dim, temperature)", "SERLoss(dim, temperature=0.3)"
-        require(fine, call, f"temperature={temperature}", "a positive number", remedy)
+        check_number(call, "temperature", temperature, remedy, positive=True)
         check_channels(f"SERLoss({dim}, channels={channels!r})", channels, dim)
         self.temperature = temperature
         self.channels = channels
@@ -133,7 +133,11 @@ class SERLoss(Objective):
         else:
             moved, _ = g.warp(z1, size)
             valid = g.valid(size).cpu().flatten(1).expand(len(z1), -1)
-        return move_channels(g, moved, self.channels), valid
+        try:
+            return move_channels(g, moved, self.channels), valid
+        except SERError as error:  # of another angle
+            call, remedy = f"SERLoss(..., channels={self.channels!r})(features, views)", "SERLoss(dim)"
+            raise SERError(call, error.given, "quarter turns and flips, which can act on channels", remedy) from error
 
     def _project(self, maps: list[Tensor], valid: Tensor | None) -> list[Tensor]:
         """(B, N, width) each; of valid places alone, (T, width), where it is known which these are."""

@@ -17,8 +17,10 @@ from .photometric import Photometric
 from .pixels import (
     Drawn,
     Normalize,
+    check_colours,
     check_draw,
     check_images,
+    check_normalize,
     check_size,
     identity_drawn,
     limits,
@@ -110,11 +112,16 @@ class CroppedViews:
         call = "CroppedViews(size, area, ratio, ...)"
         check_size(call, "CroppedViews", size)
         _check_area(call, area, ratio)
-        require(0 <= flip <= 1, call, f"flip={flip!r}", "a probability", "CroppedViews(flip=0.5)")
+        share = isinstance(flip, (int, float)) and 0 <= flip <= 1
+        require(share, call, f"flip={flip!r}", "a probability", "CroppedViews(flip=0.5)")
         count = isinstance(views, int) and not isinstance(views, bool) and views >= 1
         require(count, call, f"views={views!r}", "at least one view", "CroppedViews(views=2)")
         known = isinstance(turned, bool) or turned == "all"
         require(known, call, f"turned={turned!r}", "True, False or 'all'", "CroppedViews(turned=True)")
+        for name, value in (("original", original), ("paired", paired)):
+            remedy = f"CroppedViews({name}=True)"
+            require(isinstance(value, bool), call, f"{name}={value!r}", "True or False", remedy)
+        check_normalize(call, normalize)
         alone = not (original and turned == "all")
         remedy = "CroppedViews(turned='all')"
         require(alone, call, "an original beside turned='all'", "views of one number of images", remedy)
@@ -144,7 +151,7 @@ class CroppedViews:
         Raises:
             SERError: images of another shape, type or range, an odd batch for pairs, or a generator on a GPU.
         """
-        check_images("CroppedViews(...)(images)", images, any(self._parts) or self.normalize is not None)
+        self._check("CroppedViews(...)(images)", images)
         return self.render(images, self.draw(len(images), (images.shape[-2], images.shape[-1]), generator))
 
     def draw(self, n: int, size: tuple[int, int], generator: torch.Generator | None = None) -> CroppedPlan:
@@ -160,7 +167,7 @@ class CroppedViews:
             >>> len(plan.relations), len(plan[1:3].relations[0])
             (2, 2)
         """
-        call = f"CroppedViews(...).draw(n={n}, size={tuple(size)})"
+        call = "CroppedViews(...).draw(n, size)"
         check_draw(call, n, size, generator)
         if self.paired:
             _check_pairs(call, n)
@@ -188,7 +195,9 @@ class CroppedViews:
         """
         call = "CroppedViews(...).render(images, plan)"
         parts = (None, *self._parts) if self.original else self._parts
-        check_images(call, images, any(parts) or self.normalize is not None, len(plan.relations[0]))
+        remedy = "make_views.draw(len(images), images.shape[-2:])"
+        require(isinstance(plan, CroppedPlan), call, f"a {type(plan).__name__}", "what its draw gives", remedy)
+        self._check(call, images, len(plan.relations[0]))
         given, expected = f"a plan of {len(plan.relations)} views", f"one of {len(parts)}"
         require(len(plan.relations) == len(parts), call, given, expected, "make_views.draw(n, size)")
         low, high = limits(images)
@@ -197,6 +206,11 @@ class CroppedViews:
             crops = crop_and_resize(images, relation.box, (self.size, self.size)).clamp(low, high)
             views.append(self._view(_moved(crops, relation), relation, drawn, part))
         return tuple(views)
+
+    def _check(self, call: str, images: Tensor, expected: int | None = None) -> None:
+        photometric = any(self._parts)
+        check_images(call, images, photometric or self.normalize is not None, expected)
+        check_colours(call, images, photometric, self.normalize)
 
     def _view(self, crops: Tensor, relation: Affine, drawn: Drawn, photometric: Photometric | None) -> View:
         if photometric is not None:
@@ -237,7 +251,7 @@ def draw_boxes(
         tensor([[ 1., 11., 45., 50.],
                 [ 0.,  7., 36., 43.]], dtype=torch.float64)
     """
-    call = f"draw_boxes(n={n}, size={tuple(size)}, area={area}, ratio={ratio})"
+    call = f"draw_boxes(n, size, area={area}, ratio={ratio})"
     check_draw(call, n, size, generator)
     _check_area(call, area, ratio)
     height, width = size

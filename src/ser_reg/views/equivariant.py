@@ -14,7 +14,7 @@ from ..errors import require, require_tensor
 from ..geometry import GroupElement, act
 from ..geometry.elements import check_ranges, side_factors
 from .photometric import Photometric, check_generator
-from .pixels import Drawn, Normalize, in_range, normalized, rows
+from .pixels import Drawn, Normalize, check_colours, check_normalize, check_range, in_range, normalized, rows
 from .probe import check_output, probe
 from .view import View
 
@@ -94,6 +94,7 @@ class EquivariantViews:
         remedy = "EquivariantViews(patch_size=16)"
         require(pixels, call, f"patch_size={patch_size!r}", "a whole number of pixels", remedy)
         check_ranges(call, scale, ratio)
+        check_normalize(call, normalize)
         self.patch_size = patch_size
         self.scale = scale
         self.ratio = ratio
@@ -189,11 +190,9 @@ class EquivariantViews:
             f"sides that a grid of patches fits when scaled by {smallest:.2f}",
             f"EquivariantViews(patch_size={max(1, int(min(height, width) * smallest))})",
         )
-        if self.normalize is not None and images.device.type == "cpu" and len(images):  # elsewhere the host would wait
-            low, high = (end.item() for end in images.aminmax())
-            expected = "values in [0, 1], to be normalised"
-            given = f"images with values from {low:.4g} to {high:.4g}"
-            require(low > -1 and high < 2, call, given, expected, "make_views(images / 255)  # or without normalize=")
+        if self.normalize is not None:
+            check_range(call, images, 1)
+        check_colours(call, images, any(isinstance(part, Photometric) for part in self._parts()), self.normalize)
 
     def _render(self, images: Tensor, plan: EquivariantPlan, generator: torch.Generator | None) -> tuple[View, View]:
         wholes = zip(self._parts(), (plan.first, plan.second), plan.photometric, strict=True)

@@ -11,8 +11,18 @@ from torch import Tensor
 from ..errors import require
 from ..geometry import Affine
 from .cropped import CroppedPlan, CroppedViews
-from .photometric import Photometric
-from .pixels import Drawn, Normalize, check_images, identity_drawn, in_range, normalized, rows
+from .photometric import Photometric, check_generator
+from .pixels import (
+    Drawn,
+    Normalize,
+    check_colours,
+    check_images,
+    check_normalize,
+    identity_drawn,
+    in_range,
+    normalized,
+    rows,
+)
 from .view import View
 
 __all__ = ["FAMILIES", "PathPlan", "PathViews"]
@@ -105,11 +115,14 @@ class PathViews:
     ) -> None:
         call = "PathViews(family, targets, ...)"
         expected = f"one of {', '.join(FAMILIES)}"
-        require(family in FAMILIES, call, f"family={family!r}", expected, "PathViews('se2')")
+        require(
+            isinstance(family, str) and family in FAMILIES, call, f"family={family!r}", expected, "PathViews('se2')"
+        )
         count = isinstance(targets, int) and not isinstance(targets, bool) and targets >= 1
         require(count, call, f"targets={targets!r}", "at least one image on the path", "PathViews(targets=2)")
         require(fill in FILLS, call, f"fill={fill!r}", f"one of {', '.join(FILLS)}", "PathViews(fill='reflect')")
         require(isinstance(final, bool), call, f"final={final!r}", "True or False", "PathViews(final=True)")
+        check_normalize(call, normalize)
         self.family = family
         self.targets = targets
         self.size = size
@@ -136,7 +149,7 @@ class PathViews:
         Raises:
             SERError: images of another shape, type or range, or a generator on a GPU.
         """
-        check_images("PathViews(...)(images)", images, photometric=True)
+        self._check("PathViews(...)(images)", images)
         return self.render(images, self.draw(len(images), (images.shape[-2], images.shape[-1]), generator))
 
     def draw(self, n: int, size: tuple[int, int], generator: torch.Generator | None = None) -> PathPlan:
@@ -151,6 +164,7 @@ class PathViews:
 
     def draw_theta(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, p) float32: where the paths of n images end."""
+        check_generator("PathViews(...).draw_theta(n, generator)", generator)
         low, high = torch.tensor(FAMILIES[self.family]).T.unbind()
         theta: Tensor = low + (high - low) * torch.rand(n, len(low), generator=generator)
         return theta
@@ -162,7 +176,9 @@ class PathViews:
             images: (B, C, H, W), floating point, values in [0, 1].
             plan: what `draw` gave for B images.
         """
-        check_images("PathViews(...).render(images, plan)", images, True, len(plan.theta))
+        call, remedy = "PathViews(...).render(images, plan)", "make_views.draw(len(images), images.shape[-2:])"
+        require(isinstance(plan, PathPlan), call, f"a {type(plan).__name__}", "what its draw gives", remedy)
+        self._check(call, images, len(plan.theta))
         first, start = self._crops.render(images, plan.crops)
         end, targets = self.render_path(start.images, plan.theta)
         v1 = View(normalized(first.images, self.normalize), first.relation, self._drawn(first, 0 * plan.theta))
@@ -187,7 +203,7 @@ class PathViews:
             (torch.Size([2, 3, 32, 32]), 2)
         """
         call = f"PathViews({self.family!r}).render_path(u, theta)"
-        check_images(call, u, photometric=True)
+        check_images(call, u, unit=True)
         shape = (len(u), len(FAMILIES[self.family]))
         given = f"theta {tuple(theta.shape)} for u {tuple(u.shape)}"
         require(tuple(theta.shape) == shape, call, given, f"theta {shape}", "theta = make_views.draw_theta(len(u))")
@@ -223,6 +239,11 @@ class PathViews:
             return Affine.translation(*columns)
         turned = Affine.rotation(columns[0], size)
         return Affine.translation(*columns[1:]) @ turned if self.family == "se2" else turned
+
+    def _check(self, call: str, images: Tensor, expected: int | None = None) -> None:
+        check_images(call, images, True, expected)
+        photometric = self.family not in GEOMETRIC or any(self._crops._parts)
+        check_colours(call, images, photometric, self.normalize)
 
     def _moved(self, u: Tensor, theta: Tensor) -> Tensor:
         """g_θ(u), in the range of u."""

@@ -125,6 +125,8 @@ class Photometric:
             >>> Photometric(hue=0).view(upright).drawn["hue"]
             tensor([0., 0.])
         """
+        given, remedy = f"a {type(view).__name__}", "photometric(images)  # or a view that a maker gave"
+        require(isinstance(view, View), "Photometric(...).view(view)", given, "a View", remedy)
         _check_images(view.images)
         drawn = self.draw(len(view.images), generator)
         return View(self.apply(view.images, drawn), view.relation, {**view.drawn, **drawn})
@@ -145,9 +147,10 @@ class Photometric:
         Raises:
             SERError: n is no number of images, or the generator is on a GPU.
         """
-        call = f"Photometric(...).draw({n!r}, generator)"
+        call = "Photometric(...).draw(n, generator)"
         whole = isinstance(n, int) and not isinstance(n, bool) and n >= 0
-        require(whole, call, f"n={n!r}", "a number of images", "photometric.draw(len(images))")
+        given = f"n={n!r}" if isinstance(n, (int, float)) else f"a {type(n).__name__} for n"
+        require(whole, call, given, "a number of images", "photometric.draw(len(images))")
         check_generator(call, generator)
         uniform = torch.rand(n, 13, generator=generator)
         shares = uniform.new_tensor([getattr(self, name) for name in SHARES])
@@ -219,8 +222,19 @@ def _check_images(images: Any) -> None:
 
 def _check_drawn(drawn: dict[str, Tensor], n: int) -> None:
     call, remedy = "Photometric(...).apply(images, drawn)", "drawn = photometric.draw(len(images))"
+    require(isinstance(drawn, dict), call, f"a {type(drawn).__name__}", "what draw gives, by name", remedy)
     missing = [name for name in DRAWN if name not in drawn]
     require(not missing, call, f"drawn without {', '.join(missing)}", "all that draw gives", remedy)
+    plain = [name for name in DRAWN if not isinstance(drawn[name], Tensor) or drawn[name].dtype != _dtype(name)]
+    given = ", ".join(f"{name} of {getattr(drawn[name], 'dtype', type(drawn[name]).__name__)}" for name in plain)
+    expected = "tensors: bool, order int64, factors, hue and sigma float32"
+    require(not plain, call, given, expected, remedy)
     shapes = {name: tuple(drawn[name].shape) for name in DRAWN}
     fine = all(shape == ((n, 4) if name == "order" else (n,)) for name, shape in shapes.items())
     require(fine, call, f"drawn {shapes}", f"draws for each of {n} images", remedy)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "order":
+        return torch.int64
+    return torch.bool if name in SHARES else torch.float32

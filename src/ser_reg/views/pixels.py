@@ -10,12 +10,16 @@ from torch import Tensor
 from ..errors import require, require_tensor
 from ..geometry.action import _to_device
 from .photometric import Photometric, check_generator
+from .stages import range_remedy
 
 __all__ = [
     "Drawn",
     "Normalize",
+    "check_colours",
     "check_draw",
     "check_images",
+    "check_normalize",
+    "check_range",
     "check_size",
     "identity_drawn",
     "in_range",
@@ -37,13 +41,17 @@ def check_size(call: str, maker: str, size: object) -> None:
 
 def check_draw(call: str, n: int, size: tuple[int, int], generator: torch.Generator | None) -> None:
     """Raise unless there is something to draw for, and a generator to draw with that reads the same anywhere."""
-    given, expected = f"n={n}, size={tuple(size)}", "a number of images and their (height, width) in pixels"
-    fine = n >= 0 and len(size) == 2 and min(size) >= 1
+    given, expected = f"n={_told(n)}, size={_told(size)}", "a number of images and their (height, width) in pixels"
+    fine = isinstance(n, int) and n >= 0 and isinstance(size, (tuple, list)) and len(size) == 2 and min(size) >= 1
     require(fine, call, given, expected, "draw(len(images), images.shape[-2:])")
     check_generator(call, generator)
 
 
-def check_images(call: str, images: Tensor, photometric: bool, expected: int | None = None) -> None:
+def _told(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_images(call: str, images: Tensor, unit: bool, expected: int | None = None) -> None:
     """Raise unless images are a floating point batch, as many as were drawn for, in [0, 1] where that matters."""
     require_tensor(call, images)
     given = f"images {tuple(images.shape)}"
@@ -53,10 +61,45 @@ def check_images(call: str, images: Tensor, photometric: bool, expected: int | N
     if expected is not None:
         remedy = "make_views.render(images, make_views.draw(len(images), images.shape[-2:]))"
         require(len(images) == expected, call, given, f"the {expected} images of the plan", remedy)
-    if photometric and images.device.type == "cpu" and images.numel():  # elsewhere the host would wait
+    pixels = not len(images) or images.numel() > 0
+    require(pixels, call, given, "images with channels and pixels", "make_views(torch.rand(4, 3, 256, 256))")
+    if unit:
+        check_range(call, images, 1)
+
+
+def check_range(call: str, images: Tensor, room: float) -> None:
+    """Raise on values further than this from [0, 1], of images on a CPU: elsewhere the host would wait."""
+    if images.device.type == "cpu" and images.numel():
         low, high = (end.item() for end in images.aminmax())
         given = f"images with values from {low:.4g} to {high:.4g}"
-        require(low > -1 and high < 2, call, given, "values in [0, 1]", "make_views(images / 255)")
+        require(low > -room and high < 1 + room, call, given, "values in [0, 1]", range_remedy("make_views", low, high))
+
+
+def check_colours(call: str, images: Tensor, photometric: bool, normalize: Normalize | None) -> None:
+    """Raise unless images have the channels and the range of a `Photometric`, and the channels of `normalize`."""
+    channels = images.shape[1]
+    given = f"images {tuple(images.shape)}"
+    if photometric:
+        remedy = f"make_views(images{'.expand(-1, 3, -1, -1)' if channels == 1 else '[:, :3]'})"
+        require(channels == 3, call, given, "red, green and blue, whose colours can be changed", remedy)
+        check_range(call, images, 0.5 / 255)
+    if normalize is not None:
+        n = len(normalize[0])
+        remedy = "a mean and a deviation for each channel in normalize=(mean, std)"
+        require(channels == n, call, given, f"the {n} channels of normalize=", remedy)
+
+
+def check_normalize(call: str, normalize: Normalize | None) -> None:
+    """Raise unless this is a mean and a positive deviation for each channel, or nothing."""
+    if normalize is None:
+        return
+    try:
+        mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in normalize)
+        fine = mean.ndim == 1 and mean.shape == std.shape and bool((std > 0).all() and mean.isfinite().all())
+    except (TypeError, ValueError, RuntimeError):
+        fine = False
+    expected = "(mean, standard deviation), each a list with a number for each channel"
+    require(fine, call, f"normalize={normalize!r}", expected, "normalize=IMAGENET  # from ser_reg import IMAGENET")
 
 
 def limits(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +121,7 @@ def normalized(images: Tensor, normalize: Normalize | None) -> Tensor:
     """Images less the mean of their channels, in deviations; as they are without both."""
     if normalize is None:
         return images
-    mean, std = (_to_device(torch.tensor(values, dtype=images.dtype), images.device) for values in normalize)
+    mean, std = (_to_device(torch.as_tensor(values, dtype=images.dtype), images.device) for values in normalize)
     return (images - mean[:, None, None]) / std[:, None, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby, islice
 
@@ -12,7 +13,7 @@ from ..errors import require
 from ..geometry.action import _to_device
 from .colour import OPERATIONS, box_reach, box_taps
 
-__all__ = ["FACTORS", "IDENTITY", "grouped", "masked"]
+__all__ = ["FACTORS", "IDENTITY", "grouped", "masked", "range_remedy"]
 
 FACTORS = ("brightness", "contrast", "saturation", "hue")  # as `order` counts them
 IDENTITY = (1.0, 1.0, 1.0, 0.0)
@@ -115,6 +116,15 @@ def _whole_numbers(images: Tensor, check: bool = False) -> Tensor:
         low, high = (end.item() / 255 for end in x.aminmax())
         fine = low >= -0.5 / 255 and high <= 1 + 0.5 / 255  # what rounds to one of 256 values
         given = f"images with values from {low:.4g} to {high:.4g}"
-        remedy = "photometric(images.clamp(0, 1))" if low > -1 and high < 2 else "photometric(images / 255)"
-        require(fine, "Photometric(...)(images)", given, "values in [0, 1], before they are normalised", remedy)
+        expected = "values in [0, 1], before they are normalised"
+        require(fine, "Photometric(...)(images)", given, expected, range_remedy("photometric", low, high))
     return x.round_().clamp_(0, 255).float()
+
+
+def range_remedy(function: str, low: float, high: float) -> str:
+    """What to type where images from low to high should be in [0, 1]."""
+    if not math.isfinite(low + high):
+        return "torch.isfinite(images).all()  # and so on, upstream"
+    if low <= -1:
+        return f"{function}(images * std + mean)  # as they were before they were normalised"
+    return f"{function}(images.clamp(0, 1))" if high < 2 else f"{function}(images / 255)"

@@ -38,9 +38,12 @@ class View(NamedTuple):
     def __getitem__(self, index: int | slice | Tensor | list[int]) -> View:  # type: ignore[override]
         """The view of some of the images; a single number gives a batch of one."""
         if isinstance(index, int):
-            index = [range(len(self.relation))[index]]
+            index = [range(len(self.images))[index]]
+        one = len(self.relation) == 1 < len(self.images)  # for all images
         return View(
-            self.images[index], self.relation[index], {name: values[index] for name, values in self.drawn.items()}
+            self.images[index],
+            self.relation if one else self.relation[index],
+            {name: values[index] for name, values in self.drawn.items()},
         )
 
 
