@@ -22,27 +22,27 @@ __all__ = ["LIBRARY", "draw", "files"]
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "ser_reg"
-WIDTH, HEIGHT = 140, 109  # of the picture, in tenths of an inch
+WIDTH, HEIGHT = 140, 116  # of the picture, in tenths of an inch
 ROOM, SEAM, DATA = COLOURS[0], COLOURS[1], GREY
 INK = "#222222"
 
 # Rooms of the library as bricks: (left, right, bottom, top), what it is for, whether strangers add a file there. A room
 # rests on what it may import.
 LIBRARY = {
-    "__main__.py": ((1, 139, 77.5, 81), "the command line", False),
-    "report/": ((1, 139, 69, 77), "models side by side, on one page: a file a section", True),
-    "check/": ((1, 69, 65, 68.5), "does my training train?", False),
-    "export/": ((70, 139, 65, 68.5), "checkpoints that timm loads", False),
-    "objectives/": ((1, 48, 56.5, 64.5), "the terms: features and views → Output(loss, logs)", True),
-    "metrics/": ((49, 103, 56.5, 64.5), "how equivariant is a model, by transformation and layer", False),
-    "losses/": ((1, 29, 48, 56), "exact on any number of ranks", False),
-    "views/": ((30, 67, 48, 56), "images → views that know how they were made", True),
-    "distributed.py": ((1, 48, 39.5, 47.5), "ranks and their number, and gathering with gradient", False),
-    "geometry/": ((49, 67, 39.5, 47.5), "what moves a map", False),
-    "backbones/": ((68, 103, 39.5, 56), "all that is asked of a model, and its maps by layer: a file a family", True),
-    "images/": ((104, 121, 39.5, 64.5), "image files, photographs, ImageNet's mean and deviation", False),
+    "__main__.py": ((1, 139, 84.5, 88), "the command line", False),
+    "report/": ((1, 139, 76, 84), "models side by side, on one page: a file a section", True),
+    "check/": ((1, 69, 72, 75.5), "does my training train?", False),
+    "export/": ((70, 139, 72, 75.5), "checkpoints that timm loads", False),
+    "objectives/": ((1, 48, 61.5, 71.5), "the terms: features and views → Output(loss, logs)", True),
+    "metrics/": ((49, 103, 61.5, 71.5), "how equivariant is a model, by transformation and layer", False),
+    "losses/": ((1, 25, 51, 61), "exact on any number of ranks", False),
+    "views/": ((26, 67, 51, 61), "images → views that know how they were made", True),
+    "distributed.py": ((1, 34, 39.5, 50.5), "ranks and their number, gathering with gradient", False),
+    "geometry/": ((35, 67, 39.5, 50.5), "what moves a map, and from where to where", False),
+    "backbones/": ((68, 103, 39.5, 61), "all that is asked of a model, and its maps by layer: a file a family", True),
+    "images/": ((104, 121, 39.5, 71.5), "image files, photographs, ImageNet's mean and deviation", False),
     "records.py": (
-        (122, 139, 39.5, 64.5),
+        (122, 139, 39.5, 71.5),
         "files that are whole or not there, and what figures were measured on",
         False,
     ),
@@ -69,8 +69,8 @@ def draw(path: Path) -> None:
 
 def draw_way(axes: Axes) -> None:
     """From images to the loss, left to right."""
-    title(axes, 106.5, "The way of a batch", "one direction; λ and the sum belong to your loop")
-    bottom, top = 93, 103.5
+    title(axes, 113.5, "The way of a batch", "one direction; λ and the sum belong to your loop")
+    bottom, top = 100, 110.5
     boxes = [
         ((1, 14), DATA, "images", "whole,\n(B, C, H, W)\nin [0, 1]"),
         ((19, 38), SEAM, "views/", "make_views(images)"),
@@ -83,14 +83,14 @@ def draw_way(axes: Axes) -> None:
     for (left, right), colour, name, text in boxes:
         box(axes, (left, right, bottom, top), colour, name, text)
     for (_, end), (start, _) in zip([b[0] for b in boxes[:-1]], [b[0] for b in boxes[1:]], strict=True):
-        arrow(axes, [(end, 98.2), (start, 98.2)])
-    arrow(axes, [(51.5, bottom), (51.5, 89.3), (115, 89.3), (115, bottom)])
-    axes.text(83, 89.8, "how the views relate, and what was drawn", ha="center", va="bottom", size=9.5, color=INK)
+        arrow(axes, [(end, 105.2), (start, 105.2)])
+    arrow(axes, [(51.5, bottom), (51.5, 96.3), (115, 96.3), (115, bottom)])
+    axes.text(83, 96.8, "how the views relate, and what was drawn", ha="center", va="bottom", size=9.5, color=INK)
 
 
 def draw_library(axes: Axes) -> None:
     """The rooms, each on what it may import."""
-    title(axes, 84, "The library, src/ser_reg", "a room rests on what it may import")
+    title(axes, 91, "The library, src/ser_reg", "a room rests on what it may import")
     for name, (place, text, seam) in LIBRARY.items():
         inside = files(PACKAGE / name) if name.endswith("/") else ""
         box(axes, place, SEAM if seam else ROOM, name, text, inside)
@@ -105,7 +105,7 @@ def draw_trainings(axes: Axes) -> None:
         (1, 31, 3.5, 28),
         SEAM,
         "data/",
-        "source → recipes → batch of groups:\nb1 cropped, b2 whole",
+        "source → recipes → batch of images,\nread by the term or not",
         files(examples / "data"),
     )
     methods = "  ".join(p.stem for p in (examples / "moco_v3.py", examples / "dino.py", examples / "barlow_twins.py"))

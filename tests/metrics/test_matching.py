@@ -236,6 +236,7 @@ def test_leaves_model_and_generators_as_they_were():
         (lambda vit, x: matching_score(vit, x, layers=3), "matching_score(model, images, layers=...)"),
         (lambda vit, x: matching_score(vit, x, channels="odd"), "matching_score(model, images, channels='odd')"),
         (lambda vit, x: matching_score(nn.Linear(3, 4), x), "matching_score(model, images)"),
+        (lambda vit, x: matching_score(vit, x * math.nan, [1]), "features of layer 1 that are not finite"),
         (lambda vit, x: matching_score(plain(), torch.randn(2, 3, 20, 20)), "matching_score(model, images)"),
     ],
 )

@@ -45,7 +45,7 @@ class Affine:
 
     Affine maps are values: make new ones instead of writing into their matrices.
 
-    Source: OURS; the paper acts with whole images, whose relations are `GroupElement`.
+    Source: a decision of this library; the paper acts with whole images, whose relations are `GroupElement`.
 
     Example:
         >>> left = Affine.crop(torch.tensor([[0, 0, 1, 0.5]]).double())       # top, left, height, width of the crop
@@ -136,8 +136,10 @@ class Affine:
             tensor([[-0.5000,  0.0000,  1.0000,  1.0000]], dtype=torch.float64)
         """
         call, remedy = "Affine.translation(rows, columns)", "Affine.translation(0.1, 0.0)"
-        parts = torch.broadcast_tensors(*(_column(call, part, remedy) for part in (rows, columns)))
-        offset = 2 * torch.stack(parts, 1)
+        down, right = (_column(call, part, remedy) for part in (rows, columns))
+        given = f"{len(down)} rows, {len(right)} columns"
+        require(len(down) == len(right) or 1 in (len(down), len(right)), call, given, "as many of each, or one", remedy)
+        offset = 2 * torch.stack(torch.broadcast_tensors(down, right), 1)
         return cls(_matrix(torch.eye(2, dtype=torch.float64).expand(len(offset), 2, 2), offset))
 
     @classmethod
@@ -148,6 +150,8 @@ class Affine:
             >>> Affine.of(GroupElement.scaling(2, 3)) == Affine.identity(1)
             True
         """
+        given, remedy = f"g is a {type(g).__name__}", "Affine.of(GroupElement.turn(1))"
+        require(isinstance(g, GroupElement), "Affine.of(g)", given, "a GroupElement", remedy)
         linear = GroupElement(g.turns, g.flip, torch.ones_like(g.scale)).matrix()
         return Affine(_matrix(linear, torch.zeros_like(linear[..., 0])), _good=True)
 
@@ -204,6 +208,8 @@ class Affine:
 
     def allclose(self, other: Affine, atol: float = 1e-9) -> bool:
         """Equal up to rounding, in numbers of the matrix."""
+        given, remedy = f"other is a {type(other).__name__}", "a.allclose(Affine.of(g))"
+        require(isinstance(other, Affine), "a.allclose(other)", given, "an Affine", remedy)
         return len(self) == len(other) and torch.allclose(self.matrix, other.matrix, rtol=atol, atol=atol)
 
     @property
@@ -347,6 +353,8 @@ class Affine:
 
 def _column(call: str, numbers: Tensor | float, remedy: str) -> Tensor:
     """(B,) float64 of a number or a tensor."""
+    known = numbers is not None and not isinstance(numbers, str)
+    require(known, call, f"a {type(numbers).__name__}", "a number, or a tensor (B,)", remedy)
     column = torch.as_tensor(numbers, dtype=torch.float64)
     column = column[None] if column.ndim == 0 else column
     given = f"numbers of shape {tuple(column.shape)}"

@@ -35,7 +35,8 @@ def move_channels(g: GroupElement | Affine, maps: Tensor, channels: str) -> Tens
         SERError: another word, a D that eight does not divide, a number of elements that does not fit, or an affine
             map with another angle or a shear.
 
-    Source: OURS; the paper's channels are trivial. The idea is that of rotation steerers (Bökman et al., 2024).
+    Source: a decision of this library; the paper's channels are trivial. The idea is that of rotation steerers
+    (Bökman et al., 2024).
 
     Example:
         >>> maps = torch.arange(8.0).view(1, 8, 1, 1)

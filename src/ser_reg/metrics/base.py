@@ -60,7 +60,9 @@ def measured(
     try:
         with torch.no_grad():
             tokens = _tokens(call, seen, images, chosen)
-            for maps in tokens.values():
+            for i, maps in tokens.items():
+                given, remedy = f"features of layer {i} that are not finite", "model.float(), images.float()"
+                require(maps.isfinite().all(), call, given, "finite images and features", remedy)
                 check_channels(f"{name}(model, images, channels={channels!r})", channels, maps.shape[1])
             scores: Scores = {}
             for transformation, elements in transformations(model, images).items():

@@ -56,8 +56,9 @@ def matching_score(
         SERError: fewer than two images, layers that are no list of numbers, channels that the tokens do not have, or
             what `patch_tokens` raises.
 
-    Source: OURS, as the paper measures cosines alone (Appendix A.2). "pck" is the percentage of correct keypoints of
-    semantic correspondence at α = 0.10, of the grid instead of an object's box, averaged per image.
+    Source: a decision of this library, as the paper measures cosines alone (Appendix A.2). "pck" is the
+    percentage of correct keypoints of semantic correspondence at α = 0.10, of the grid instead of an object's box,
+    averaged per image.
 
     Example:
         >>> import timm

@@ -26,10 +26,10 @@ class SERLoss(Objective):
     Acts with the relation of the two views on the first map, projects the tokens of both (LayerNorm, then a bias-free
     2-layer MLP with GELU), and compares them by the patch-wise NT-Xent loss. The weight λ belongs to your loop.
 
-    Views may be whole images, as the paper has them, or crops (OURS), whose relation is an `Affine`: the first map is
-    resampled onto the grid of the second, and places that the first view has not seen are left out everywhere, so that
-    the tokens of the SSL forward itself will do. If fewer than two images of all ranks have a place that both views
-    have seen, the loss is zero, with a gradient of zeros.
+    Views may be whole images, as the paper has them, or crops (a decision of this library), whose relation is an
+    `Affine`: the first map is resampled onto the grid of the second, and places that the first view has not seen are
+    left out everywhere, so that the tokens of the SSL forward itself will do. If fewer than two images of all
+    ranks have a place that both views have seen, the loss is zero, with a gradient of zeros.
 
     The loss is that of the whole batch, whatever the number of ranks. The gradient should reach the encoder: hand over
     features that were not detached.
@@ -47,9 +47,9 @@ class SERLoss(Objective):
         projection_dim: width of both layers of the projector.
         temperature: τ of the loss; 0.3 for MoCo-v3 and Barlow Twins, 0.5 for DINO.
         channels: what a turn or flip does to a token beside moving it: "trivial", nothing, as in the paper, so that a
-            token has to look the same from every side, which erases orientation from it; "regular" (OURS, the idea of
-            rotation steerers), permute eight blocks of channels as it permutes the eight turns and flips, so that a
-            token can keep which way is up. 8 then divides D. The scores take the same word.
+            token has to look the same from every side, which erases orientation from it; "regular" (a decision of this
+            library, with the idea of rotation steerers), permute eight blocks of channels as it permutes the eight
+            turns and flips, so that a token can keep which way is up. 8 then divides D. The scores take the same word.
         maker: of no meaning here: geometry is read from the views.
 
     Raises:

@@ -53,7 +53,7 @@ def recorded(transform: Callable[[Any], Any]) -> _Recorded:
     ``v2.RandomRotation(expand=True)``, and ``v2.CenterCrop`` of more than there is, are off by up to a pixel of each
     axis in torchvision itself.
 
-    Source: OURS.
+    Source: a decision of this library; no paper has it.
 
     Example:
         >>> from torchvision.transforms import v2
