@@ -130,7 +130,7 @@ def judge(mutant: Mutant, tests: tuple[str, ...], folder: Path) -> str:
         module = ".".join(mutant.file.relative_to(ROOT).with_suffix("").parts[1:])
         if run(folder, "-c", f"import {module}") != 0:
             return "not imported"
-        status = run(folder, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests)
+        status = run(folder, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests)
         return "out of time" if status is None else "survived" if status == 0 else "killed"
     finally:
         planted.write_text(mutant.original)

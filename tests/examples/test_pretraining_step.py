@@ -45,6 +45,15 @@ def test_first_step_has_the_controls_base_loss(tmp_path, method):
     assert all(name.startswith("term") for name in more)
 
 
+def test_what_is_logged_of_embeddings_is_the_first_views(monkeypatch):
+    step, groups = first_step("moco_v3")
+    seen, encode = [], step._encode
+    monkeypatch.setattr(step, "_encode", lambda *given: seen.append(encode(*given)) or seen[-1])
+    logged = step(groups)["embedding_std"]
+    first, second = map(spread, seen[0].embeddings)
+    assert logged == first != second
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", ["online", "momentum"])
 def test_gradient_of_the_term_reaches_its_head_and_the_blocks_ahead_of_its_layer_and_no_others(method, target):

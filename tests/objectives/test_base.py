@@ -83,6 +83,13 @@ def test_features_that_cannot_be_squared_are_no_features(value, text):
         Distance(8).eval()(list(z), views(3))
 
 
+@pytest.mark.parametrize(("shape", "remedy"), [((4, 5, 2, 3), "Distance(5)"), ((4, 2, 3, 8), "z.permute(0, 3, 1, 2)")])
+def test_another_width_is_named_unless_channels_are_last(shape, remedy):
+    with pytest.raises(SERError) as caught:
+        Distance(8).eval()([torch.randn(shape), torch.randn(shape)], views(4))
+    assert caught.value.remedy.startswith(remedy)
+
+
 def test_matching_is_that_of_a_loop_over_the_images_looked_at():
     z1 = torch.randn(20, 7, 6)
     z2 = z1 + torch.randn(20, 7, 6)

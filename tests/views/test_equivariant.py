@@ -367,6 +367,14 @@ def test_a_part_that_draws_once_for_a_batch_is_told_and_one_that_draws_for_each_
     make_views(images)  # once
 
 
+@pytest.mark.parametrize("values", [(-0.05, 1.05), (-0.9, 1.9)])
+def test_values_that_overshoot_can_be_normalised(values):
+    """As resampling elsewhere leaves them; far outside, they are other numbers."""
+    images = torch.tensor(values).repeat(2, 3, 24, 12)
+    for view in EquivariantViews(PATCH, normalize=IMAGENET)(images):
+        assert view.images.isfinite().all()
+
+
 def test_colours_need_three_channels_and_normalize_one_number_for_each():
     make_views = EquivariantViews(patch_size=4, photometric=Photometric(), normalize=IMAGENET)
     for images, words in (
