@@ -1,4 +1,4 @@
-"""What a trained encoder is worth: accuracy on held-out images, equivariance and matching by layer, orientation read off."""
+"""What a trained encoder is worth: accuracy on held-out images, equivariance, matching, and orientation read off."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_every_ablation_can_be_drawn(name, tmp_path):
 
 
 def test_wrong_requests_say_what_to_type(tmp_path):
-    with pytest.raises(SERError, match="one of methods, layer, control, ratio, lambda, group, all-layers, cls, terms, crops, channels, or all"):
+    with pytest.raises(SERError, match=f"one of {', '.join(ABLATIONS)}, or all"):
         ablate.main(ablate.Settings("depth", output_dir=tmp_path))
     for wrong in ({"seeds": ()}, {"jobs": 0}):
         with pytest.raises(SERError, match="--seeds 0 1 2 --jobs 1"):
