@@ -25,7 +25,7 @@ class View(NamedTuple):
     images: Tensor
     """(B, C, H, W)."""
     relation: GroupElement | Affine
-    """B elements, or affine maps where something was cut off, that take the whole images to this view."""
+    """B elements (or affine maps, where something was cut off) that take whole images to this view; or one for all."""
     drawn: dict[str, Tensor]
     """What the photometric part drew, by name, (B,) or (B, k); empty where it does not say."""
 
