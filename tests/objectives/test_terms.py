@@ -198,8 +198,17 @@ def test_what_was_moved_by_other_angles_is_no_crop(name):
     views = [View(torch.empty(8, 0), GroupElement.identity(8), {}), *views] if name == "equimod" else views
     views = [v._replace(drawn={}) for v in views] if name == "stl" else views
     with pytest.raises(SERError, match="quarter turns") as caught:
-        term([torch.randn(8, DIM, GRID, GRID) for _ in range(term.encoded)], views)
+        term([torch.randn(8, DIM, GRID, GRID) for _ in range(term.encoded)], views[: term.encoded])
     assert "CroppedViews" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_more_views_than_it_compares_it_does_not_choose(name):
+    """Such as an original ahead of two crops, which a term of two would take for the first."""
+    features, views = CASES[name].batch(name, 4)
+    with pytest.raises(SERError) as caught:
+        build(name).eval()(features, [*views, views[-1]])
+    assert "views" in caught.value.given
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,7 +98,7 @@ class Objective(nn.Module):
     and the original ahead of them), "turned" (one crop, turned four ways), "paired" (crops of images in pairs) or
     "path" (two views, and images on the way as targets). Trainings choose views by it, and know no term by name."""
     encoded: int = 2
-    """How many of the views are encoded; those after them are targets."""
+    """How many of the views are encoded; behind them there are none, or, with the policy "path", targets."""
     dense: bool = True
     """Whether it wants maps (B, D, h, w). Otherwise vectors (B, D) do too, and maps are averaged over their places."""
     default_weight: float = 1.0
@@ -125,7 +125,7 @@ class Objective(nn.Module):
         Args:
             features: one map (B, D, h, w), or vectors (B, D) if the term is not `dense`, for each encoded view,
                 checked, in float32 (float64 if the parameters are), outside autocast. B may be 0 on some ranks.
-            views: at least as many as are encoded.
+            views: those that are encoded, and targets behind them if the policy is "path".
             group: the processes whose images are one batch.
         """
         raise NotImplementedError
@@ -205,7 +205,8 @@ class Objective(nn.Module):
         given = f"features in a {type(features).__name__}, views in a {type(views).__name__}"
         require(listed, call, given, "a list or a tuple of each", "z = [patch_tokens(vit, v.images, 3) for v in views]")
         given = f"{len(features)} features, {len(views)} views"
-        fit = len(features) == self.encoded <= len(views)
+        has_targets = self.policy == "path" and len(views) >= self.encoded
+        fit = len(features) == self.encoded and (has_targets or len(views) == self.encoded)  # more: which are meant?
         require(fit, call, given, f"{self.encoded} features, and the views they are of", self.wants)
         for i, view in enumerate(views, start=1):
             require(isinstance(view, View), call, f"view {i} is a {type(view).__name__}", "views", self.wants)
