@@ -42,12 +42,13 @@ def draw(path: Path, ablation: Ablation, results: Results) -> None:
         accuracy.set_xlabel("held-out accuracy, %")
         _strips(equivariance, rows, labels, MATCHING if matched else EQUIVARIANCE, 100 if matched else 1)
         equivariance.set_yticklabels([])
-        matching = "tokens of the last layer matched in the moved image, %"
+        matching = "tokens of the last layer matched, %"
         equivariance.set_xlabel(matching if matched else "equivariance of the last layer's tokens (spatial)")
         _trade_off(trade_off, rows)
         source = f"{ablation.source} of the paper" if ablation.source != NOT_IN_PAPER else ablation.source
         seeds = sorted({len(row) for row in rows})
-        figure.suptitle(f"{ablation.title} ({source}, small preset, {' or '.join(map(str, seeds))} seeds)")
+        counted = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'}"
+        figure.suptitle(f"{ablation.title} ({source}, small preset, {counted})")
         figure.savefig(path, dpi=130)
 
 
