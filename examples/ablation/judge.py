@@ -30,8 +30,8 @@ def judge(folder: Path, settings: Mapping[str, Any], seed: int) -> dict[str, Any
     """k-NN and linear accuracy (parts of 1), equivariance and matching scores, and how well turns and flips are read
     off, of the encoder in a run's folder.
 
-    Scores stand by the action on channels that they are read with: "trivial", the paper's, and "regular" where the
-    run's own term acts so. Nothing is chosen on the held-out images, and nothing is tuned.
+    Scores are read with the plain action, and beside it with that of the run's own term where that moves channels.
+    Nothing is chosen on the held-out images, and nothing is tuned.
 
     Args:
         folder: of the run.
@@ -48,10 +48,10 @@ def judge(folder: Path, settings: Mapping[str, Any], seed: int) -> dict[str, Any
     result: dict[str, Any] = {"accuracy": accuracies(*features)}
     result["equivariance"] = equivariance_score(encoder, images, generator=generator)
     result["matching"] = matching_score(encoder, images, generator=generator)
-    own = {"layer": term.get("layer", EARLY), "channels": term.get("channels", "trivial")}
-    if own["channels"] != "trivial":
-        own["equivariance"] = equivariance_score(encoder, images, generator=generator, channels=own["channels"])
-        own["matching"] = matching_score(encoder, images, generator=generator, channels=own["channels"])
+    own = {"layer": term.get("layer", EARLY), "channels": term.get("channels")}  # of images, in other terms: a number
+    if own["channels"] == "regular":
+        own["equivariance"] = equivariance_score(encoder, images, generator=generator, channels="regular")
+        own["matching"] = matching_score(encoder, images, generator=generator, channels="regular")
     layers = sorted({EARLY, own["layer"], backbone(encoder).depth})
     seen = _some(train, ORIENTATION_IMAGES, size, generator).to(accelerator.device)
     return result | {"own": own, "orientation": _orientation(encoder, seen, images, layers)}
