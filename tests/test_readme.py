@@ -103,14 +103,12 @@ def test_ablation_tables_are_the_generated_ones(monkeypatch):
     from ablation.variants import ABLATIONS
 
     text = (ROOT / "examples" / "README.md").read_text()
-    results = json.loads((ROOT / "examples" / "results" / "ablations.json").read_text())
-    published = {name: a for name, a in ABLATIONS.items() if all(v.run in results for v in a.variants)}
-    assert len(published) >= 8
-    for name, ablation in published.items():
+    for name, ablation in ABLATIONS.items():
+        results = json.loads((ROOT / "examples" / "results" / ablation.results).read_text())
         assert markdown(ablation, results) in text, name
         assert f"(results/{name}.png)" in text
         for variant in ablation.variants:
-            assert len(results[variant.run]) >= 3, f"{variant.label}: fewer than three seeds"
+            assert len(results[variant.run]) >= 3 or variant.one_seed, f"{variant.label}: fewer than three seeds"
 
 
 def test_commands_are_there():

@@ -44,6 +44,8 @@ class Ablation(NamedTuple):
     """What differs from the paper's."""
     columns: tuple[str, ...] = SCORES
     """Of its table, names in `table.COLUMNS`."""
+    results: str = "ablations.json"
+    """File of the published results."""
 
 
 PLAIN = Variant("MoCo-v3", "moco_v3--partition-ratio-0", "none", paper=68.44)
@@ -178,6 +180,7 @@ ABLATIONS: dict[str, Ablation] = {
         ),
         "The paper's layers 3 and 12 of 12 stand beside 2 and 6 of 6. Each term with its own views and weight.",
         MATCHING,
+        "terms.json",
     ),
     "crops": Ablation(
         "Whole images, or the crops that are there anyway?",
@@ -193,6 +196,7 @@ ABLATIONS: dict[str, Ablation] = {
         ),
         "r = 0.25 throughout: SER reads 16 of 64 images, whole or cropped. Turned: each crop by 0 to 3 quarter turns.",
         MATCHING,
+        "terms.json",
     ),
     "channels": Ablation(
         "May channels turn as well?",
@@ -204,5 +208,6 @@ ABLATIONS: dict[str, Ablation] = {
         ),
         "Matching with the term's own action at its layer, and with the plain one at the last.",
         CHANNELS,
+        "terms.json",
     ),
 }

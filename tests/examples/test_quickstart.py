@@ -339,7 +339,7 @@ def own(monkeypatch, *flags):
 
 @pytest.mark.slow
 def test_own_loop_learns_the_task(monkeypatch, capfd):
-    own(monkeypatch, "--epochs", 1)
+    own(monkeypatch, "--epochs", 2)
     out = capfd.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("epoch")]
     first, last = (float(line.split("SER ")[1].split()[0]) for line in (lines[0], lines[-1]))

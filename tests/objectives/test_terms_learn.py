@@ -12,7 +12,7 @@ from ser_reg.images import embedded_photographs, load_patches
 from ser_reg.objectives import OBJECTIVES
 from ser_reg.views import CroppedViews, PathViews, Photometric
 
-SIDE, WIDTH, DRAWS = 24, 48, 6
+SIDE, WIDTH, DRAWS = 24, 48, 16
 COLOURS = Photometric(brightness=0.6, contrast=0.6, saturation=0.6, hue=0.2, jitter=1, grey=0, blur=0)
 CROPS = {"size": SIDE, "area": (0.2, 1), "photometric": COLOURS}
 
