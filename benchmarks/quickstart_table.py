@@ -1,7 +1,7 @@
 """The README's table of the quickstart, as markdown, from the results.json of several seeds.
 
-    python benchmarks/quickstart_table.py                                                  # the default settings
-    python benchmarks/quickstart_table.py benchmarks/results/quickstart/*-last-layer.json   # SER at the last layer
+    python benchmarks/quickstart_table.py                                 # of the published runs
+    python benchmarks/quickstart_table.py out/quickstart/results.json     # of your own
 
 Mean ± sample standard deviation over seeds; the difference is taken within each seed, then over seeds.
 """
@@ -48,14 +48,16 @@ def table(runs: list[dict[str, Any]]) -> str:
     for probe, name in (("knn", "k-NN accuracy, %"), ("linear", "linear accuracy, %")):
         rows.append(_row(name, runs, lambda m, probe=probe: 100 * m["accuracy"][probe], 1))
     settings = runs[0]["settings"]
+    transformations, last = runs[0]["arms"]["ser"]["equivariance"], str(settings["depth"])
     for layer in sorted({settings["layer"], settings["depth"]}):
-        for transformation in runs[0]["arms"]["ser"]["equivariance"]:
-            name = f"spatial score, layer {layer}, {transformation}"
-            read, above = _score(transformation, str(layer), "spatial")
-            rows += [_row(name, runs, read, 3), _row("— above unrelated images", runs, above, 3)]
-    for transformation in runs[0]["arms"]["ser"]["equivariance"]:
-        read, _ = _score(transformation, str(settings["depth"]), "raw")
-        rows.append(_row(f"raw score, layer {settings['depth']}, {transformation}", runs, read, 3))
+        for name in transformations:
+            rows.append(_row(f"tokens matched, layer {layer}, {name}, %", runs, _matched(name, str(layer)), 1))
+    for name in transformations:
+        read, above = _score(name, last, "spatial")
+        rows += [_row(f"spatial score, layer {last}, {name}", runs, read, 3)]
+        rows += [_row("— above unrelated images", runs, above, 3)]
+    read, _ = _score("rotation", last, "raw")
+    rows.append(_row(f"raw score, layer {last}, rotation", runs, read, 3))
     rows.append(_row("seconds of training", runs, lambda m: m["train_seconds"], 0))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -72,6 +74,11 @@ def caption(runs: list[dict[str, Any]]) -> str:
         f"SER at layer {settings['layer']} of {settings['depth']}; {data['train']} training and {data['held_out']} "
         f"held-out patches of {len(data['classes'])} photographs; {min(seconds):.0f} to {max(seconds):.0f} s a run."
     )
+
+
+def _matched(transformation: str, layer: str) -> Read:
+    """How to read how often a token finds its own place in the moved image, in per cent."""
+    return lambda measured: 100 * measured["matching"][transformation][layer]["top1"]
 
 
 def _score(transformation: str, layer: str, reading: str) -> tuple[Read, Read]:
