@@ -168,7 +168,8 @@ def test_each_image_is_changed_by_its_own_draws_whatever_else_is_in_the_batch(ch
         SOMETIMES.apply(images[i : i + 1], {name: values[i : i + 1] for name, values in drawn.items()})
         for i in range(17)
     ]
-    monkeypatch.setattr(stages, "CHUNK_BYTES", chunk * images[0].numel() * 4)
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_OF_THREADS"):
+        monkeypatch.setattr(stages, name, chunk * images[0].numel() * 4)
     assert torch.equal(SOMETIMES.apply(images, drawn), torch.cat(alone))
     assert torch.equal(SOMETIMES.apply(images.to(memory_format=torch.channels_last), drawn), torch.cat(alone))
 
