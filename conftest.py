@@ -7,8 +7,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy mach
 import hypothesis
 import pytest
 import torch
+from torchvision import tv_tensors
 
 collect_ignore_glob = ["*conftest.py"]  # have no doctests, and one name, which collecting takes for one module
+if not hasattr(tv_tensors, "KeyPoints"):  # before torchvision 0.23, where its example raises
+    collect_ignore_glob.append("*/views/recorded.py")
 
 hypothesis.settings.register_profile("ser", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ser")

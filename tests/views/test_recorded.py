@@ -1,5 +1,6 @@
 """A torchvision pipeline with a record: the relation is what was done to the image, and the image is what it was."""
 
+import functools
 import pickle
 import re
 import warnings
@@ -19,7 +20,20 @@ from ser_reg.geometry import Affine
 from ser_reg.views import recorded
 
 KEYPOINTS = hasattr(tv_tensors, "KeyPoints")
-needs_points = pytest.mark.skipif(not KEYPOINTS, reason="torchvision before 0.23 has no key points")
+
+
+def needs_points(test):
+    """With a torchvision that has no key points (before 0.23) the test is that this is said."""
+
+    @functools.wraps(test)
+    def is_refused(*args, **kwargs):
+        with pytest.raises(SERError, match="torchvision") as caught:
+            recorded(v2.RandomHorizontalFlip())
+        assert "pip install" in caught.value.remedy
+
+    return test if KEYPOINTS else is_refused
+
+
 BILINEAR = v2.InterpolationMode.BILINEAR
 SIDES = st.integers(24, 80)
 
