@@ -193,6 +193,11 @@ ABLATIONS: dict[str, Ablation] = {
             Variant("SER on whole images, crops turned", "moco_v3--crop-turns", "--crop-turns"),
             Variant("SER on crops", "moco_v3--crops", "ser --term.crops"),
             Variant("SER on turned crops", "moco_v3--crops--crop-turns", "ser --term.crops --crop-turns"),
+            Variant(
+                "SER on turned crops, area from 0.8",
+                "moco_v3--crops--crop-turns--crop-min-0.8",
+                "ser --term.crops --crop-turns --crop-min 0.8",
+            ),
         ),
         "r = 0.25 throughout: SER reads 16 of 64 images, whole or cropped. Turned: each crop by 0 to 3 quarter turns.",
         MATCHING,
