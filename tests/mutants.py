@@ -35,8 +35,8 @@ ROOMS = {  # what is mutated, and the tests of it
     "src/ser_reg/losses": ("tests/losses", "tests/test_distributed.py"),
     "src/ser_reg/objectives": ("tests/objectives", "tests/test_training.py"),
     "src/ser_reg/metrics": ("tests/metrics",),
-    f"{ENGINE}/step.py": ("tests/examples/test_pretraining_step.py",),
-    f"{ENGINE}/encode.py": ("tests/examples/test_pretraining_step.py",),
+    f"{ENGINE}/step.py": ("tests/examples/test_pretraining_step.py", "tests/examples/test_pretraining_terms.py"),
+    f"{ENGINE}/encode.py": ("tests/examples/test_pretraining_step.py", "tests/examples/test_pretraining_terms.py"),
     f"{ENGINE}/update.py": (
         "tests/examples/test_pretraining_update.py",
         "tests/examples/test_dino.py",
