@@ -44,7 +44,6 @@ def stand_ins():
         "my_transform": transform,
         "my_ssl_loss_on": lambda z1, z2: (z1 - z2).square().mean(),
         "crop_loader": DataLoader(Crops(recorded(transform), list(x)), batch_size=2) if KEYPOINTS else None,
-        "torch": torch,
         "batch_size": 2,
         "my_ssl_loss": lambda vit, x1, x2: (vit(x1) - vit(x2)).square().mean(),
         "loader": [(x, x[:, :, :96, :96], x[:, :, 96:192, :96])],
